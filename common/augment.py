@@ -1,0 +1,125 @@
+"""Augmentation on tensors: geometry that picture and label share, photometry, CutMix masks.
+
+Everything random draws from torch's global generator, which the loader seeds for each picture.
+Pictures are float (3, H, W) in [0, 1] before `normalise`; labels are int64 (H, W), 255 void.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from common.data import VOID
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in [0, 1]
+STD = (0.229, 0.224, 0.225)
+
+# The strong view's photometry, on pictures (3, H, W) in [0, 1]: PS-MT's numbers.
+PHOTOMETRY = v2.Compose(
+    [
+        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], p=0.5),
+    ]
+)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(..., 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet."""
+    return v2.functional.normalize(images, MEAN, STD)
+
+
+def whole_view(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole picture (3, H, W), normalised, and its label (H, W): what evaluation sees."""
+    return normalise(v2.functional.to_dtype(image, torch.float32, scale=True)), label.long()
+
+
+def train_view(
+    image: Tensor,
+    label: Tensor,
+    crop: int,
+    scales: Sequence[float],
+    strong: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Scale, crop, flip and normalise: what networks train on.
+
+    image (3, H, W) uint8 or float, label (H, W) -> image (3, crop, crop), label (crop, crop) and
+    valid (crop, crop) bool. The scale is one of `scales`, all equally likely. With `strong`, a
+    photometric transform, there is a fourth: the same crop, transformed.
+    """
+    scale = scales[int(torch.randint(len(scales), ()))]
+    image, label, valid = random_flip(*random_crop(image, label, crop, scale))
+    view = normalise(image), label, valid
+    return view if strong is None else (*view, normalise(strong(image)))
+
+
+def random_flip(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All tensors (..., W) mirrored left to right, or none of them, with probability 1/2."""
+    if torch.rand(()) < 0.5:
+        return tuple(tensor.flip(-1) for tensor in tensors)
+    return tensors
+
+
+def random_crop(
+    image: Tensor, label: Tensor, crop: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random crop x crop window of both, as seen at `scale` times their size.
+
+    image (3, H, W) uint8 or float in [0, 1], label (H, W) -> image (3, crop, crop) float, label
+    (crop, crop) int64 and valid (crop, crop) bool, False on padding. Only the pixels that survive
+    are resized: a window of crop / scale pixels is cut first and resized then, bilinear for the
+    picture and nearest for the label. A picture smaller than the window is padded on all sides,
+    with the mean colour and with void.
+    """
+    height, width = label.shape
+    side = max(round(crop / scale), 1)
+    box_h, box_w = min(side, height), min(side, width)
+    top = int(torch.randint(height - box_h + 1, ()))
+    left = int(torch.randint(width - box_w + 1, ()))
+    image = v2.functional.to_dtype(
+        image[:, top : top + box_h, left : left + box_w], torch.float32, scale=True
+    )
+    label = label[top : top + box_h, left : left + box_w]
+
+    # A whole window fills the crop; a shorter side keeps the window's scale.
+    out_h, out_w = max(crop * box_h // side, 1), max(crop * box_w // side, 1)
+    if (out_h, out_w) != (box_h, box_w):
+        image = F.interpolate(image[None], (out_h, out_w), mode="bilinear", align_corners=False)[0]
+        # "nearest-exact" samples at pixel centres, as the bilinear picture does; "nearest" would
+        # shift the label by up to half a pixel.
+        label = F.interpolate(label[None, None].float(), (out_h, out_w), mode="nearest-exact")[0, 0]
+
+    above, before = (crop - out_h) // 2, (crop - out_w) // 2
+    padding = (before, crop - out_w - before, above, crop - out_h - above)
+    mean = torch.tensor(MEAN)[:, None, None]
+    image = F.pad(image - mean, padding) + mean
+    valid = F.pad(torch.ones(out_h, out_w, dtype=torch.bool), padding)
+    return image, F.pad(label.long(), padding, value=VOID), valid
+
+
+def cutmix_masks(
+    batch: int,
+    height: int,
+    width: int,
+    boxes: int = 3,
+    area: tuple[float, float] = (0.25, 0.5),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """CutMix masks (B, 1, H, W) bool, True where the partner picture shows.
+
+    Each mask has `boxes` rectangles that lie fully inside; where two overlap they cancel. As
+    shares of the sides, a rectangle is a^e / sqrt(boxes) high and a^(1-e) / sqrt(boxes) wide, with
+    a uniform in `area` and e uniform in [0, 1]: the generator of CutMix-Seg (French et al., BMVC
+    2020), which CPS uses. Drawn on the CPU, from `generator` or torch's own.
+    """
+    uniform = torch.rand(4, batch, boxes, 1, 1, generator=generator, dtype=torch.float64)
+    share = area[0] + (area[1] - area[0]) * uniform[0]
+    high = (share ** uniform[1] / boxes**0.5 * height).round()
+    wide = (share ** (1 - uniform[1]) / boxes**0.5 * width).round()
+    top = ((height - high) * uniform[2]).round()
+    left = ((width - wide) * uniform[3]).round()
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    inside = (rows >= top) & (rows < top + high) & (columns >= left) & (columns < left + wide)
+    return inside.sum(dim=1, keepdim=True) % 2 == 1

@@ -1,0 +1,202 @@
+"""DeepLabv3+ (Chen et al., ECCV 2018, arXiv 1802.02611) on torchvision's ResNets.
+
+The output stride is 16. Two cut points serve the papers: `encode` gives the feature that PS-MT
+perturbs, `decode` the one that CAC contrasts; `classify` turns it into logits.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from common.run import InputError
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabv3+ at output stride 16, for pictures of any height and width from 32 pixels on.
+
+    backbone: one of BACKBONES. weights: None or "none" (random), the name of a torchvision
+    weight enum such as "IMAGENET1K_V1", or the path of a torchvision ResNet state dict, whose `fc`
+    is ignored.
+    width: channels of ASPP and decoder, 256 in the paper. The dropout rates are there for CAC;
+    the networks of CPS and PS-MT have none.
+    Raises InputError for an unknown backbone and for weights that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        weights: str | None = None,
+        width: int = 256,
+        aspp_dropout: float = 0.0,
+        decoder_dropout: float = 0.0,
+        classifier_dropout: float = 0.0,
+    ):
+        super().__init__()
+        # What rebuilds this network around its state dict; a checkpoint keeps it.
+        self.arguments = dict(
+            num_classes=num_classes,
+            backbone=backbone,
+            width=width,
+            aspp_dropout=aspp_dropout,
+            decoder_dropout=decoder_dropout,
+            classifier_dropout=classifier_dropout,
+        )
+        self.backbone = dilated_resnet(backbone, weights)
+        bottleneck = backbone in ("resnet50", "resnet101")
+        low, high = (256, 2048) if bottleneck else (64, 512)
+        self.aspp = ASPP(high, width, aspp_dropout)
+        self.reduce_low = conv_bn_relu(low, 48, 1)
+        self.decoder = nn.Sequential(
+            conv_bn_relu(width + 48, width, 3),
+            nn.Dropout(decoder_dropout),
+            conv_bn_relu(width, width, 3),
+        )
+        self.classifier_dropout = nn.Dropout(classifier_dropout)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        for part in (self.aspp, self.reduce_low, self.decoder, self.classifier):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def encode(self, images: Tensor) -> Tensor:
+        """ASPP's output beside the reduced low-level feature.
+
+        images (B, 3, H, W) -> (B, width + 48, H/4, W/4): 304 channels at the paper's width.
+        """
+        if min(images.shape[-2:]) < 32:
+            height, width = images.shape[-2:]
+            raise ValueError(f"pictures must be at least 32 x 32 pixels, not {height} x {width}")
+        net = self.backbone
+        stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        low = net.layer1(stem)  # (B, 64 or 256, H/4, W/4)
+        high = net.layer4(net.layer3(net.layer2(low)))  # (B, 512 or 2048, H/16, W/16)
+        high = F.interpolate(
+            self.aspp(high), low.shape[-2:], mode="bilinear", align_corners=False
+        )  # (B, width, H/4, W/4)
+        return torch.cat([high, self.reduce_low(low)], dim=1)
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """(B, width + 48, H/4, W/4) -> (B, width, H/4, W/4), the feature before the classifier."""
+        return self.decoder(encoded)
+
+    def classify(self, decoded: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """(B, width, H/4, W/4) -> logits (B, K, H/4, W/4), or (B, K, *size) when size is given."""
+        logits = self.classifier(self.classifier_dropout(decoded))
+        # Half precision would tie neighbouring classes once their logits are interpolated.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if size is None:
+            return logits
+        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+    def forward(self, images: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Logits (B, K, H, W); `perturb(encoded)`, when given, is added to the encoding (PS-MT)."""
+        encoded = self.encode(images)
+        if perturb is not None:
+            encoded = encoded + perturb(encoded)
+        return self.classify(self.decode(encoded), images.shape[-2:])
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: 1x1, 3x3 at rates 6, 12, 18, and the picture's mean."""
+
+    def __init__(self, channels: int, width: int, dropout: float):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [conv_bn_relu(channels, width, 1)]
+            + [conv_bn_relu(channels, width, 3, dilation=rate) for rate in (6, 12, 18)]
+        )
+        self.pooled = conv_bn_relu(channels, width, 1)
+        self.project = conv_bn_relu(5 * width, width, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, high: Tensor) -> Tensor:
+        """(B, channels, h, w) -> (B, width, h, w)."""
+        # BatchNorm has no variance over one picture's single pooled value. SyncBatchNorm pools
+        # over the processes, so a batch of one is enough there.
+        if self.training and len(high) == 1 and isinstance(self.pooled[1], nn.BatchNorm2d):
+            raise ValueError("DeepLabV3Plus trains on batches of two pictures or more, got one")
+        pooled = self.pooled(high.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *high.shape[-2:])
+        features = [branch(high) for branch in self.branches] + [pooled]
+        return self.dropout(self.project(torch.cat(features, dim=1)))
+
+
+class Ensemble(nn.Module):
+    """One model out of several networks: the mean of their logits (PS-MT's two teachers)."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> logits (B, K, H, W)."""
+        return torch.stack([network(images) for network in self.networks]).mean(dim=0)
+
+
+def conv_bn_relu(channels: int, width: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(
+            channels, width, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=False
+        ),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    )
+
+
+def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
+    """torchvision's ResNet without `fc`, layer4 at stride 1 with dilations 2, 4, 8 by block.
+
+    torchvision's own `replace_stride_with_dilation` gives 1, 2, 2 and refuses ResNet-18/34.
+    """
+    if backbone not in BACKBONES:
+        raise InputError(f"--backbone {backbone}: unknown; choose one of {', '.join(BACKBONES)}")
+    resnet = torchvision.models.get_model(backbone, weights=None)
+    resnet.fc = nn.Identity()
+    if weights not in (None, "none"):
+        load_backbone(resnet, backbone, weights)
+    for index, block in enumerate(resnet.layer4):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (2 ** (index + 1),) * 2
+    return resnet
+
+
+def load_backbone(resnet: nn.Module, backbone: str, weights: str) -> None:
+    """Fill a torchvision ResNet from an enum name or a file; all of it or an InputError."""
+    enum = torchvision.models.get_model_weights(backbone)
+    if weights in enum.__members__:
+        try:
+            state = enum[weights].get_state_dict(progress=False)
+        except (OSError, RuntimeError) as error:  # no network; a file with another checksum
+            raise InputError(
+                f"--weights {weights}: cannot download {enum[weights].url} ({error}); "
+                "fetch that file on another machine and give its path, or use --weights none"
+            ) from error
+    elif not Path(weights).is_file():
+        raise InputError(
+            f"--weights {weights}: neither a file nor one of {', '.join(enum.__members__)}, none"
+        )
+    else:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
+            raise InputError(
+                f"--weights {weights}: not a PyTorch state dict ({type(error).__name__}); "
+                f"give a torchvision {backbone} state dict"
+            ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"--weights {weights}: holds no state dict, a mapping of names to tensors")
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    try:
+        resnet.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split("\n\t")[1].split())
+        raise InputError(f"--weights {weights}: does not fit {backbone}: {first}") from error

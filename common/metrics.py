@@ -1,0 +1,109 @@
+"""Mean intersection over union, counted in integers on the device."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.data import VOID
+
+
+def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Pixel counts (K, K) int64 on the inputs' device; rows are truth, columns predictions.
+
+    predictions, labels: integer tensors of one shape. Void pixels are left out. Raises ValueError
+    for any other label, or prediction, outside [0, K).
+    """
+    return _checked(_count(predictions, labels, num_classes), num_classes)
+
+
+def iou(confusion: Tensor) -> Tensor:
+    """Intersection over union by class, (K,) float64; NaN for a class that never occurs."""
+    counts = confusion.double()
+    hits = counts.diagonal()
+    return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Mean of `iou` over the classes that occur in truth or prediction."""
+    return iou(confusion).nanmean().item()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device | str,
+    window: tuple[int, int] | None = None,
+) -> Tensor:
+    """Confusion matrix (K, K) of the model over a loader, on the device.
+
+    The loader gives images (B, 3, H, W), normalised, and labels (B, H, W) at the pictures' own
+    size. window: None for whole pictures, or (crop, stride) in pixels for sliding windows, whose
+    logits are summed. Each process gives its own share of the pictures; all get the sum. The
+    model is in eval mode meanwhile, and each of its modules in its former mode afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    counts = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=device)
+    try:
+        for images, labels in loader:
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            logits = model(images) if window is None else slide(model, images, *window)
+            counts += _count(logits.argmax(dim=1), labels, num_classes)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return _checked(counts, num_classes)
+
+
+def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Tensor:
+    """Sum of the model's logits over windows of crop x crop pixels, (B, K, H, W).
+
+    Windows start every `stride` pixels; the last one is moved inward to end at the border. A
+    picture smaller than the window is seen whole along that side.
+    """
+    height, width = images.shape[-2:]
+    total = None
+    for top in window_starts(height, crop, stride):
+        for left in window_starts(width, crop, stride):
+            logits = model(images[..., top : top + crop, left : left + crop])
+            bottom, right = top + logits.shape[-2], left + logits.shape[-1]
+            if total is None:
+                total = logits.new_zeros(len(images), logits.shape[1], height, width)
+            total[..., top:bottom, left:right] += logits
+    return total
+
+
+def window_starts(length: int, crop: int, stride: int) -> list[int]:
+    """Where windows start along a side: 0, stride, 2 stride, ..., and the last at length - crop."""
+    last = max(length - crop, 0)
+    return [*range(0, last, stride), last]
+
+
+def _count(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Counts (K * K + 2,): the matrix row by row, void pixels, pixels outside [0, K).
+
+    Bad pixels go to a cell of their own, for a look at it would make the host wait for the
+    device at every batch. (So would `bincount`, whose size depends on its input.)
+    """
+    predictions, labels = predictions.flatten().long(), labels.flatten().long()
+    bad = (labels < 0) | (labels >= num_classes) | (predictions < 0) | (predictions >= num_classes)
+    cells = labels * num_classes + predictions
+    cells = torch.where(bad, num_classes**2 + 1, cells)
+    cells = torch.where(labels == VOID, num_classes**2, cells)
+    counts = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(0, cells, torch.ones_like(cells))
+
+
+def _checked(counts: Tensor, num_classes: int) -> Tensor:
+    if counts[-1] > 0:
+        raise ValueError(
+            f"{int(counts[-1])} pixels have a label or a prediction outside [0, {num_classes})"
+        )
+    return counts[: num_classes**2].reshape(num_classes, num_classes)

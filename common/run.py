@@ -1,0 +1,474 @@
+"""What surrounds a training loop: flags, device, processes, the run's folder and checkpoints."""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """The user's input is at fault; the message is one line that says what to change."""
+
+
+class Result(NamedTuple):
+    """What `train` returns: the evaluated network, its last mIoU in [0, 1], all evaluations."""
+
+    model: nn.Module
+    miou: float
+    history: list[dict]
+
+
+# --- flags ---
+
+
+@dataclass
+class RunConfig:
+    """The flags that every script has; the values are those of the embedded dataset."""
+
+    dataset: Literal["shapes", "folder", "voc", "cityscapes"] = "shapes"  # selects the recipe too
+    data_path: str = ""  # the dataset's root folder; shapes needs none
+    labeled: str = "1/20"  # 1/r, a count, all, or a list file
+    unlabeled: str = ""  # a list file or a folder; empty: the training pictures not labelled
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # of DeepLabv3+
+    weights: str = "none"  # none (random), a torchvision name such as IMAGENET1K_V1, or a path
+    crop_size: int = 64  # side of a training crop in pixels, a multiple of 8
+    batch_size: int = 8  # labelled pictures per process; as many unlabelled ones come with them
+    iters: int = 800  # optimisation steps
+    lr: float = 0.01  # initial learning rate, falling to 0 by (1 - step / iters)^0.9
+    weight_decay: float = 1e-4  # on weights; BatchNorm and biases have none
+    eval_every: int = 200  # steps between two evaluations, each of which writes last.pt
+    workers: int = 0  # loader processes per stream and process; 0: load in the main process
+    amp: Literal["auto", "none", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, else none
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    seed: int = 0  # of initial weights, batches and every step's randomness
+    output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>-<labeled>-s<seed>
+    resume: bool = False  # continue the run in the output folder
+    supervised_only: bool = False  # the baseline: labelled pictures alone, at the same budget
+
+
+def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[str]) -> RunConfig:
+    """The config of a command line: recipes[dataset], overridden by the flags given.
+
+    Fields become flags; the comment behind a field is its help. Raises InputError.
+    """
+    parser = _Parser(description=inspect.getmodule(config).__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    helps = {}
+    for cls in reversed(config.__mro__[:-1]):
+        source = inspect.getsource(cls)
+        helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
+    for field in fields(config):
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        options: dict[str, Any] = {"help": helps[field.name].replace("%", "%%") + " [%(default)s]"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif get_origin(kind) is tuple:
+            options |= {"nargs": "+", "type": get_args(kind)[0]}
+        else:
+            options["type"] = kind
+        parser.add_argument(flag, default=field.default, **options)
+    parser.epilog = "Values in brackets are those of the recipe that --dataset selects."
+    choice = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    choice.add_argument("--dataset", default=config.dataset)
+    dataset = choice.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**recipes.get(dataset, {}))
+    values = vars(parser.parse_args(argv))
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def check_config(cfg: RunConfig) -> None:
+    """Raise InputError for a flag that cannot be right whatever the data; opens no file."""
+
+    def refuse(name: str, need: str) -> None:
+        raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {need}")
+
+    for field in fields(cfg):
+        value, kind = getattr(cfg, field.name), field.type
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            refuse(field.name, f"one of {', '.join(get_args(kind))}")
+        if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
+            refuse(field.name, "a whole number")
+        if kind is float and not (isinstance(value, int | float) and math.isfinite(value)):
+            refuse(field.name, "a finite number")
+        if kind is str and not isinstance(value, str):
+            refuse(field.name, "a string")
+    for name in ("iters", "eval_every", "lr"):
+        if getattr(cfg, name) <= 0:
+            refuse(name, "positive")
+    for name in ("workers", "weight_decay", "seed"):
+        if getattr(cfg, name) < 0:
+            refuse(name, "0 or more")
+    if cfg.batch_size < 2:
+        refuse("batch_size", "2 or more: BatchNorm and CutMix need two pictures")
+    if cfg.crop_size < 32 or cfg.crop_size % 8:
+        refuse("crop_size", "a multiple of 8, 32 or more")
+
+
+def main(train: Callable[[RunConfig], Result], config: type[RunConfig], recipes: dict) -> None:
+    """A script's guard: run `train` with the command line; an InputError ends it with status 2."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        train(parse_config(config, recipes, sys.argv[1:]))
+    except InputError as error:
+        # A loader process hands its error over inside a traceback's text: keep the message.
+        message = str(error).strip().split("InputError: ")[-1]
+        if rank == 0:
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume continues", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def in_all_processes(work: Callable[[], Any]) -> Any:
+    """Call `work` in this process; an InputError of one process is raised in all of them."""
+    result, error = None, None
+    try:
+        result = work()
+    except InputError as caught:
+        error = caught
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else str(error))
+        message = next((text for text in errors if text is not None), None)
+        error = None if message is None else InputError(message)
+    if error is not None:
+        raise error
+    return result
+
+
+# --- the run ---
+
+
+class Run:
+    """One run: device, precision and processes; the output folder with its log and checkpoints.
+
+    Raises InputError for flags that cannot be right, a device that is not there, and an output
+    folder that holds another run. Nothing is written before `start`.
+    """
+
+    def __init__(self, script: str, cfg: RunConfig):
+        check_config(cfg)
+        self.cfg = cfg
+        self.device = _device(cfg.device)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        # Emulated bf16, on GPUs before Ampere, is slower than float32.
+        fast = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (
+            8,
+            0,
+        )
+        self.bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and fast)
+        self.folder = in_all_processes(lambda: _folder(script, cfg))
+        self.first, self.miou, self.best, self.history = 0, math.nan, -1.0, []
+        torch.manual_seed(cfg.seed)
+
+    @property
+    def loading(self) -> dict:
+        """The loaders' arguments that depend on the machine."""
+        return dict(
+            rank=self.rank,
+            world=self.world,
+            workers=self.cfg.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    @property
+    def drawing(self) -> dict:
+        """The training loaders' arguments: what the batch stream is a function of, and those."""
+        return dict(
+            batch_size=self.cfg.batch_size, steps=self.steps, seed=self.cfg.seed, **self.loading
+        )
+
+    @property
+    def steps(self) -> range:
+        """The steps that are left: all of them, or those after the checkpoint resumed."""
+        return range(self.first, self.cfg.iters)
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Move a network to the device; with several processes, synchronise its gradients.
+
+        Only passes through the returned module's `forward` are synchronised. BatchNorm sees all
+        processes' pictures on GPUs; SyncBatchNorm refuses CPU tensors, so on CPUs each process
+        keeps its own statistics until `average_buffers`.
+        """
+        network.to(self.device, memory_format=torch.channels_last)
+        if self.world == 1:
+            return network
+        if self.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        # Two forwards before one backward forbid broadcasting the buffers in between.
+        return DistributedDataParallel(network, broadcast_buffers=False)
+
+    def to_device(self, batch: list[Tensor]) -> list[Tensor]:
+        """A loader's batch on the device, pictures (B, 3, H, W) in channels-last memory."""
+        return [
+            t.to(
+                self.device,
+                non_blocking=True,
+                memory_format=torch.channels_last if t.ndim == 4 else torch.preserve_format,
+            )
+            for t in batch
+        ]
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 for what can bear it, or nothing, as --amp says."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def start(
+        self,
+        networks: list[nn.Module],
+        classes: list[str],
+        colors: list[tuple[int, int, int]],
+        state: dict[str, Any],
+    ) -> None:
+        """Open the output folder, or load its `last.pt` when the run is resumed.
+
+        networks: the DeepLabV3Plus whose mean logits are the model. state: by name, everything
+        with a state_dict that the next step depends on. Randomness needs no place in it: each
+        step seeds its own.
+        """
+        self.networks, self.state = networks, state
+        self.model_facts = dict(
+            arguments=[network.arguments for network in networks],
+            classes=list(classes),
+            colors=[list(color) for color in colors],
+        )
+        self.started = time.time()
+        log = self.folder / "log.jsonl"
+        if self.cfg.resume and (self.folder / "last.pt").is_file():
+            in_all_processes(self._load)
+        elif self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(self.cfg) | {"processes": self.world}, indent=2)
+            _replace(self.folder / "config.json", lambda file: file.write(text.encode() + b"\n"))
+        # Lines after the checkpoint belong to steps that will be taken again.
+        lines = _read_log(log) if self.first else []
+        lines = [line for line in lines if line["step"] <= self.first]
+        self.history = [line for line in lines if "miou" in line]
+        if self.rank == 0:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            _replace(log, lambda file: file.write(text.encode()))
+
+    def _load(self) -> None:
+        path = self.folder / "last.pt"
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
+            raise InputError(
+                f"{path}: not a readable checkpoint ({type(error).__name__})"
+            ) from error
+        now = self._settings()
+        for name, value in saved["settings"].items():
+            if now.get(name) != value:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is {now.get(name)}, but {value} in the run in "
+                    f"{self.folder}; resume with the flags it was started with"
+                )
+        for name, part in self.state.items():
+            part.load_state_dict(saved["state"][name])
+        self.first, self.miou, self.best = saved["step"], saved["miou"], saved["best"]
+
+    def _settings(self) -> dict:
+        """What a resumed run must share: all flags but those that cannot change the result."""
+        free = ("output_dir", "resume", "data_path", "workers", "device")
+        settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        return settings | {"processes": self.world}
+
+    def loop(self) -> Iterator[int]:
+        """The steps left, with a bar on a terminal; each seeds torch by seed, step and process."""
+        on_terminal = self.rank == 0 and sys.stderr.isatty()
+        self.bar = tqdm(
+            self.steps, initial=self.first, total=self.cfg.iters, disable=not on_terminal
+        )
+        for step in self.bar:
+            torch.manual_seed(_mix(self.cfg.seed, step, self.rank))
+            yield step
+
+    def log(self, step: int, **values: Tensor | float) -> None:
+        """Now and then a line of `log.jsonl`; most calls return without waiting for the device."""
+        every = max(min(50, self.cfg.iters // 20), 1)
+        if (step + 1) % every or self.rank:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        self._write_log({"step": step + 1, **values})
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise InputError(
+                f"{bad[0]} is {values[bad[0]]} at step {step + 1}: training diverged; lower --lr "
+                f"(what was saved is in {self.folder})"
+            )
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.bar.set_postfix_str(shown)
+        if self.bar.disable:
+            print(f"step {step + 1}/{self.cfg.iters}  {shown}", file=sys.stderr, flush=True)
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after this step: every --eval-every steps, and after the last."""
+        return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.iters
+
+    def average_buffers(self, networks: list[nn.Module]) -> None:
+        """One set of BatchNorm statistics for all processes, where they kept their own."""
+        if self.world == 1:
+            return
+        for network in networks:
+            for buffer in network.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.world
+
+    def record(self, step: int, ious: Tensor) -> None:
+        """Log an evaluation after `step`, and write `last.pt`, `iou.txt`, and a better `best.pt`.
+
+        ious (K,): IoU by class in [0, 1], NaN for a class that does not occur.
+        """
+        self.miou, done = ious.nanmean().item(), step + 1
+        by_class = [None if math.isnan(value) else value for value in ious.tolist()]
+        entry = {"step": done, "miou": self.miou, "iou": by_class}
+        self.history.append(entry)
+        if self.rank:
+            return
+        self._write_log(entry)  # first: a log line too many is cut when the run is resumed
+        better = not self.miou <= self.best
+        self.best = self.miou if better else self.best
+        checkpoint = dict(
+            networks=[network.state_dict() for network in self.networks],
+            **self.model_facts,
+            settings=self._settings(),
+            state={name: part.state_dict() for name, part in self.state.items()},
+            step=done,
+            miou=self.miou,
+            best=self.best,
+        )
+        for name in ["best.pt"] * better + ["last.pt"]:
+            _replace(self.folder / name, lambda file: torch.save(checkpoint, file))
+        rows = zip(self.model_facts["classes"], by_class, strict=True)
+        text = "".join(
+            f"{name}\t{'absent' if value is None else f'{100 * value:.2f}'}\n"
+            for name, value in rows
+        )
+        text += f"mean\t{100 * self.miou:.2f}\n"
+        _replace(self.folder / "iou.txt", lambda file: file.write(text.encode()))
+        tqdm.write(f"step {done}/{self.cfg.iters}  mIoU {100 * self.miou:.2f}")
+
+    def finish(self) -> Result:
+        """Print the last and the best mIoU, time and memory; the model is in eval mode."""
+        if self.rank == 0:
+            memory = ""
+            if self.device.type == "cuda":
+                memory = f", {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB peak"
+            print(
+                f"mIoU {100 * self.miou:.2f} at the last step (best on validation "
+                f"{100 * self.best:.2f}), {time.time() - self.started:.0f} s{memory}: {self.folder}"
+            )
+        return Result(self.networks[0].eval(), self.miou, self.history)
+
+    def print(self, text: str) -> None:
+        """Print in the first process alone."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def _write_log(self, entry: dict) -> None:
+        seconds = round(time.time() - self.started, 1)
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry | {"seconds": seconds}) + "\n")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name}: no Metal device here; use --device cpu")
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def _folder(script: str, cfg: RunConfig) -> Path:
+    """Where the run goes; an InputError when a folder given by hand holds another run."""
+    if cfg.output_dir:
+        folder = Path(cfg.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--output-dir {folder}: is a file; name a folder")
+        if _holds_run(folder) and not cfg.resume:
+            raise InputError(
+                f"--output-dir {folder}: holds another run; name a new folder, or continue that "
+                "run with --resume"
+            )
+        return folder
+    labeled = re.sub(r"[^\w.]+", "_", Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled)
+    name = f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
+    siblings, number = [Path("runs") / name], 2
+    while _holds_run(siblings[-1]):
+        siblings.append(Path("runs") / f"{name}-{number}")
+        number += 1
+    return siblings[max(len(siblings) - 2, 0)] if cfg.resume else siblings[-1]
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt"))
+
+
+def _read_log(path: Path) -> list[dict]:
+    """The whole lines of a log; a killed run may have left the last one unfinished."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _replace(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file under a temporary name and rename it, so that no half-written one remains."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _mix(*numbers: int) -> int:
+    """A seed that differs wherever one of the numbers does."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,0 +1,207 @@
+"""What datasets look like on disk: where pictures and masks are, how they are read."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common import shapes
+from common.flags import InputError
+
+VOID = 255
+BAD = 254  # in a lookup: a mask value that stands for nothing
+DRAWN = "shapes:"  # before the id of a picture that is drawn, not read
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+Pair = tuple[str, str | None]  # picture, mask
+
+CITYSCAPES = {  # labelId of the 19 training classes: name, colour
+    7: ("road", (128, 64, 128)),
+    8: ("sidewalk", (244, 35, 232)),
+    11: ("building", (70, 70, 70)),
+    12: ("wall", (102, 102, 156)),
+    13: ("fence", (190, 153, 153)),
+    17: ("pole", (153, 153, 153)),
+    19: ("traffic light", (250, 170, 30)),
+    20: ("traffic sign", (220, 220, 0)),
+    21: ("vegetation", (107, 142, 35)),
+    22: ("terrain", (152, 251, 152)),
+    23: ("sky", (70, 130, 180)),
+    24: ("person", (220, 20, 60)),
+    25: ("rider", (255, 0, 0)),
+    26: ("car", (0, 0, 142)),
+    27: ("truck", (0, 0, 70)),
+    28: ("bus", (0, 60, 100)),
+    31: ("train", (0, 80, 100)),
+    32: ("motorcycle", (0, 0, 230)),
+    33: ("bicycle", (119, 11, 32)),
+}
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+).split()
+
+
+class Layout(NamedTuple):
+    """What a dataset's folders hold: pairs by id, and the lookup of `Data`."""
+
+    root: Path
+    classes: list[str]
+    colors: list[tuple[int, int, int]]
+    train: dict[str, Pair]
+    val: dict[str, Pair]
+    lookup: np.ndarray
+
+
+def shapes_layout(root: Path) -> Layout:
+    train, val = (
+        {name: (DRAWN + name, DRAWN + name) for name in shapes.names(split)}
+        for split in ("train", "val")
+    )
+    return Layout(root, shapes.CLASSES, shapes.COLORS, train, val, _lookup(len(shapes.CLASSES)))
+
+
+def folder_layout(root: Path) -> Layout:
+    """images/{train,val}/, masks/{train,val}/ with PNG masks of the same names, classes.txt."""
+    classes = root / "classes.txt"
+    if not classes.is_file():
+        raise InputError(f"{classes}: missing; write one class name per line, in index order")
+    names = read_lines(classes)
+    if not 2 <= len(names) <= 254:
+        raise InputError(f"{classes}: lists {len(names)} classes, must be 2 to 254")
+    splits = []
+    for split in ("train", "val"):
+        if not (root / "images" / split).is_dir():
+            raise InputError(f"{root / 'images' / split}: missing; put the {split} pictures there")
+        masks = root / "masks" / split
+        images = find_pictures(root / "images" / split)
+        splits.append({name: _pair(path, masks / f"{name}.png") for name, path in images.items()})
+    return Layout(root, names, voc_colors(len(names)), *splits, _lookup(len(names)))
+
+
+def voc_layout(root: Path) -> Layout:
+    """A VOCdevkit as unpacked, at its top or at VOC2012/."""
+    for below in ("VOC2012", "VOCdevkit/VOC2012"):
+        if (root / below / "JPEGImages").is_dir():
+            root = root / below
+    lists = root / "ImageSets" / "Segmentation"
+    for needed in (root / "JPEGImages", lists / "train.txt", lists / "val.txt"):
+        if not needed.exists():
+            raise InputError(f"{needed}: missing; --data-path must hold VOC2012 as unpacked")
+    val = read_lines(lists / "val.txt")
+    augmented = root / "SegmentationClassAug"
+    if augmented.is_dir():
+        masks, train = augmented, sorted({p.stem for p in augmented.glob("*.png")} - set(val))
+    else:
+        masks, train = root / "SegmentationClass", read_lines(lists / "train.txt")
+    splits = [
+        {name: _pair(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png") for name in names}
+        for names, folder in ((train, masks), (val, root / "SegmentationClass"))
+    ]
+    return Layout(root, VOC_CLASSES, voc_colors(21), *splits, _lookup(21))
+
+
+def cityscapes_layout(root: Path) -> Layout:
+    """leftImg8bit/ and gtFine/ as unpacked, labelIds; an id is city/city_sequence_frame."""
+    splits = []
+    for split in ("train", "val"):
+        folder, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
+        if not folder.is_dir():
+            raise InputError(f"{folder}: missing; --data-path must hold leftImg8bit/ and gtFine/")
+        names = [p.relative_to(folder).as_posix()[: -len(end)] for p in folder.glob(f"*/*{end}")]
+        masks = root / "gtFine" / split
+        images = {name: folder / f"{name}{end}" for name in names}
+        splits.append(
+            {n: _pair(path, masks / f"{n}_gtFine_labelIds.png") for n, path in images.items()}
+        )
+    # Ids 0 to 33 exist; those outside the 19 classes are void, and so is the licence plate (-1),
+    # which is stored as 255.
+    lookup = np.full(256, BAD, np.uint8)
+    lookup[[*range(34), 255]] = VOID
+    lookup[list(CITYSCAPES)] = range(19)
+    names, colors = zip(*CITYSCAPES.values(), strict=True)
+    return Layout(root, list(names), list(colors), *splits, lookup)
+
+
+def _pair(image: Path, mask: Path) -> Pair:
+    return str(image), str(mask) if mask.is_file() else None
+
+
+def _lookup(num_classes: int) -> np.ndarray:
+    lookup = np.full(256, BAD, np.uint8)
+    lookup[:num_classes] = range(num_classes)
+    lookup[VOID] = VOID
+    return lookup
+
+
+def voc_colors(count: int) -> list[tuple[int, int, int]]:
+    """PASCAL VOC's palette: the index's bits dealt out to red, green, blue from the top down."""
+    bits = [[(index >> 3 * place) & 7 for place in range(8)] for index in range(count)]
+    return [
+        tuple(sum(((b >> c) & 1) << (7 - place) for place, b in enumerate(row)) for c in range(3))
+        for row in bits
+    ]
+
+
+def find_pictures(folder: Path) -> dict[str, Path]:
+    """The pictures below a folder by id, the path without suffix relative to the folder; sorted."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in found:
+                raise InputError(f"{path}: has the same name as {found[name]}; rename one of them")
+            found[name] = path
+    return found
+
+
+LAYOUTS = dict(
+    shapes=shapes_layout, folder=folder_layout, voc=voc_layout, cityscapes=cityscapes_layout
+)
+
+
+# --- reading ---
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, stripped; CRLF and a byte order mark allowed."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_image(path: str) -> np.ndarray:
+    """A picture (H, W, 3) uint8 RGB, turned as its EXIF orientation says."""
+    if path.startswith(DRAWN):
+        return shapes.draw(path.removeprefix(DRAWN))[0]
+    image = _open(path, "picture")
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
+        raise InputError(f"{path}: has Pillow mode {image.mode}; convert it to 8-bit RGB")
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_mask(path: str) -> np.ndarray:
+    """A mask's values (H, W) uint8 as stored: a palette's indices, not its colours."""
+    if path.startswith(DRAWN):
+        return shapes.draw(path.removeprefix(DRAWN))[1]
+    mask = _open(path, "mask")
+    if mask.mode not in ("1", "L", "P"):
+        raise InputError(
+            f"{path}: has Pillow mode {mask.mode}; a mask must be a PNG of class indices, "
+            "8-bit grey or palette, with 255 for void"
+        )
+    return np.array(mask).astype(np.uint8)
+
+
+def _open(path: str, kind: str) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such {kind}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable {kind} ({reason}); replace it") from error
+    return image

@@ -339,9 +339,9 @@ def train(cfg: Config) -> Result:
         schedule.step()
         if mean_teacher:
             ema_update(teachers[0], networks[0], cfg.ema_decay)
-        run.log(step, loss_sup=loss_sup, loss_cps=loss_cps, lr=schedule.get_last_lr()[0])
+        run.log(step, loss_sup=loss_sup, loss_cps=loss_cps)
         if run.due(step):
-            run.average_buffers(networks + teachers)
+            run.average_buffers(modules)
             with run.autocast():
                 confusion = evaluate(networks[0], val, len(data.classes), run.device, window)
             run.record(step, iou(confusion))

@@ -80,15 +80,13 @@ class Run:
         check_config(cfg)
         self.cfg = cfg
         self.device = _device(cfg.device)
+        cuda = self.device.type == "cuda"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo")
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        # Emulated bf16, on GPUs before Ampere, is slower than float32.
-        fast = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (
-            8,
-            0,
-        )
+        # Before Ampere (8.0) GPUs emulate bf16, which is slower than float32.
+        fast = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and fast)
         self.folder = in_all_processes(lambda: _folder(script, cfg))
         self.first, self.miou, self.best, self.history = 0, math.nan, -1.0, []
@@ -106,7 +104,7 @@ class Run:
 
     @property
     def drawing(self) -> dict:
-        """The training loaders' arguments: what the batch stream is a function of, and those."""
+        """The training loaders' arguments: those of `loading`, and what the batches depend on."""
         return dict(
             batch_size=self.cfg.batch_size, steps=self.steps, seed=self.cfg.seed, **self.loading
         )
@@ -166,35 +164,43 @@ class Run:
             colors=[list(color) for color in colors],
         )
         self.started = time.time()
-        log = self.folder / "log.jsonl"
-        if self.cfg.resume and (self.folder / "last.pt").is_file():
-            in_all_processes(self._load)
-        elif self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(asdict(self.cfg) | {"processes": self.world}, indent=2)
-            _replace(self.folder / "config.json", lambda file: file.write(text.encode() + b"\n"))
+        in_all_processes(self._open)
+
+    def _open(self) -> None:
+        resumed = self.cfg.resume and (self.folder / "last.pt").is_file()
+        if resumed:
+            self._load()
         # Lines after the checkpoint belong to steps that will be taken again.
-        lines = _read_log(log) if self.first else []
+        lines = _read_log(self.folder / "log.jsonl") if resumed else []
         lines = [line for line in lines if line["step"] <= self.first]
-        self.history = [line for line in lines if "miou" in line]
-        if self.rank == 0:
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            _replace(log, lambda file: file.write(text.encode()))
+        self.history = [
+            {key: line[key] for key in ("step", "miou", "iou")} for line in lines if "miou" in line
+        ]
+        if self.rank:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not resumed:
+                settings = json.dumps(asdict(self.cfg) | {"processes": self.world}, indent=2)
+                _replace_text(self.folder / "config.json", settings + "\n")
+            log = "".join(json.dumps(line) + "\n" for line in lines)
+            _replace_text(self.folder / "log.jsonl", log)
+        except OSError as error:
+            raise InputError(f"--output-dir {self.folder}: cannot be written ({error})") from error
 
     def _load(self) -> None:
         path = self.folder / "last.pt"
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
+            settings = saved["settings"]
         except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
-            raise InputError(
-                f"{path}: not a readable checkpoint ({type(error).__name__})"
-            ) from error
+            raise InputError(f"{path}: no readable checkpoint ({type(error).__name__})") from error
         now = self._settings()
-        for name, value in saved["settings"].items():
-            if now.get(name) != value:
+        for name in settings | now:
+            if settings.get(name) != now.get(name):
                 raise InputError(
-                    f"--{name.replace('_', '-')} is {now.get(name)}, but {value} in the run in "
-                    f"{self.folder}; resume with the flags it was started with"
+                    f"--{name.replace('_', '-')} is {now.get(name)}, but was {settings.get(name)} "
+                    f"in the run in {self.folder}; resume with the flags it was started with"
                 )
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
@@ -222,14 +228,14 @@ class Run:
         every = max(min(50, self.cfg.iters // 20), 1)
         if (step + 1) % every or self.rank:
             return
-        values = {name: float(value) for name, value in values.items()}
-        self._write_log({"step": step + 1, **values})
+        values = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise InputError(
                 f"{bad[0]} is {values[bad[0]]} at step {step + 1}: training diverged; lower --lr "
                 f"(what was saved is in {self.folder})"
             )
+        self._write_log({"step": step + 1, **values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.set_postfix_str(shown)
         if self.bar.disable:
@@ -239,15 +245,12 @@ class Run:
         """Whether to evaluate after this step: every --eval-every steps, and after the last."""
         return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.iters
 
-    def average_buffers(self, networks: list[nn.Module]) -> None:
+    def average_buffers(self, networks: nn.Module) -> None:
         """One set of BatchNorm statistics for all processes, where they kept their own."""
-        if self.world == 1:
-            return
-        for network in networks:
-            for buffer in network.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.world
+        for buffer in networks.buffers() if self.world > 1 else ():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world
 
     def record(self, step: int, ious: Tensor) -> None:
         """Log an evaluation after `step`, and write `last.pt`, `iou.txt`, and a better `best.pt`.
@@ -280,7 +283,7 @@ class Run:
             for name, value in rows
         )
         text += f"mean\t{100 * self.miou:.2f}\n"
-        _replace(self.folder / "iou.txt", lambda file: file.write(text.encode()))
+        _replace_text(self.folder / "iou.txt", text)
         tqdm.write(f"step {done}/{self.cfg.iters}  mIoU {100 * self.miou:.2f}")
 
     def finish(self) -> Result:
@@ -370,6 +373,10 @@ def _replace(path: Path, write: Callable[[Any], Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    _replace(path, lambda file: file.write(text.encode()))
 
 
 def _mix(*numbers: int) -> int:

@@ -1,0 +1,171 @@
+"""Geometry: picture and label keep showing the same pixels. CutMix: the published distribution."""
+
+import pytest
+import torch
+
+from common import augment
+from common.augment import cutmix_masks, normalise, random_crop, random_flip, train_view, whole_view
+
+CODES = 6  # a picture whose colour is label / 10 shows where its label's pixels went
+
+
+def coded(height=40, width=56, block=8):
+    label = torch.randint(CODES, (height // block, width // block))
+    label = label.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return label[None].expand(3, -1, -1).float() / 10, label
+
+
+def assert_same_pixels(image, label, valid, exact):
+    """Wherever the label is known, the picture has its colour; blocks' edges may blend."""
+    known = label != 255
+    assert torch.equal(known, valid)
+    error = (image[0] * 10 - label)[known].abs()
+    if exact:
+        assert error.max() < 1e-5
+    else:
+        # The nearest label and the bilinear colour agree but for half a pixel at the edges.
+        assert error.median() < 1e-5 and (error < 1e-5).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("crop", [32, 64])
+def test_crop_keeps_picture_and_label_together(scale, crop):
+    for _ in range(20):
+        picture, label = coded()
+        view = random_crop(picture, label, crop, scale)
+        assert view[0].shape == (3, crop, crop) and view[0].dtype == torch.float32
+        assert view[1].shape == view[2].shape == (crop, crop)
+        assert view[1].dtype == torch.int64 and view[2].dtype == torch.bool
+        assert_same_pixels(*random_flip(*view), exact=scale == 1.0)
+
+
+def test_doubling_is_exact_away_from_edges():
+    """Each source pixel becomes 2 x 2 of the same label: no half-pixel shift."""
+    label = torch.arange(64).reshape(8, 8)
+    picture = label[None].expand(3, -1, -1).float()
+    image, scaled, valid = random_crop(picture, label, 16, 2.0)
+    assert valid.all()
+    assert torch.equal(scaled, label.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    means = image[0].reshape(8, 2, 8, 2).mean((1, 3))[1:-1, 1:-1]
+    torch.testing.assert_close(means, picture[0, 1:-1, 1:-1])
+
+
+def test_padding_is_centred_mean_colour_and_void():
+    picture, label = coded(16, 24)
+    image, label, valid = random_crop(picture, label, 64, 1.0)
+    rows, columns = torch.where(valid)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (24, 39, 20, 43)
+    assert valid.sum() == 16 * 24 and (label[~valid] == 255).all()
+    padded = image[:, ~valid]
+    torch.testing.assert_close(padded, torch.tensor(augment.MEAN)[:, None].expand_as(padded))
+    assert normalise(image)[:, ~valid].abs().max() < 1e-6
+
+
+def test_void_inside_the_picture_is_valid():
+    picture, label = coded()
+    label[:] = 255
+    _, _, valid = random_crop(picture, label, 32, 1.0)
+    assert valid.all()
+
+
+def test_every_offset_and_both_flips_occur():
+    label = torch.arange(40 * 40).reshape(40, 40)
+    picture = torch.zeros(3, 40, 40)
+    corners = {int(random_crop(picture, label, 32, 1.0)[1][0, 0]) for _ in range(1500)}
+    assert corners == {row * 40 + column for row in range(9) for column in range(9)}
+    flips = sum(torch.equal(random_flip(label)[0], label.flip(-1)) for _ in range(400))
+    assert 150 < flips < 250
+
+
+def test_only_surviving_pixels_are_resized(monkeypatch):
+    sizes = []
+    resize = augment.F.interpolate
+    monkeypatch.setattr(
+        augment.F,
+        "interpolate",
+        lambda x, *a, **k: sizes.append(x.shape[-2:]) or resize(x, *a, **k),
+    )
+    random_crop(torch.rand(3, 400, 500), torch.zeros(400, 500), 32, 2.0)
+    assert sizes == [(16, 16), (16, 16)]
+
+
+def test_bytes_become_floats():
+    picture = torch.full((3, 40, 40), 51, dtype=torch.uint8)
+    label = torch.zeros(40, 40, dtype=torch.uint8)
+    image, label, _ = random_crop(picture, label, 32, 1.0)
+    torch.testing.assert_close(image, torch.full((3, 32, 32), 0.2))
+    image, label = whole_view(picture, label)
+    torch.testing.assert_close(image[0], torch.full((40, 40), (0.2 - 0.485) / 0.229))
+    assert label.dtype == torch.int64
+
+
+def test_train_view_draws_all_scales_and_shares_geometry_with_the_strong_view():
+    picture, label = torch.zeros(3, 40, 40), torch.zeros(40, 40)
+    shares = {
+        train_view(picture, label, 64, (0.5, 1.0))[2].float().mean().item() for _ in range(40)
+    }
+    assert shares == {(20 / 64) ** 2, (40 / 64) ** 2}
+    picture, label = coded()
+    image, _, valid, strong = train_view(picture, label, 32, (1.0, 2.0), strong=lambda x: x / 2)
+    std, mean = (torch.tensor(v)[:, None, None] for v in (augment.STD, augment.MEAN))
+    torch.testing.assert_close(strong * std + mean, (image * std + mean) / 2)
+
+
+def test_photometry_keeps_range_and_shape():
+    image = torch.rand(3, 32, 32)
+    views = [augment.PHOTOMETRY(image) for _ in range(20)]
+    assert all(v.shape == image.shape and v.min() >= 0 and v.max() <= 1 for v in views)
+    assert sum(not torch.equal(v, image) for v in views) > 10
+
+
+# --- CutMix ---
+
+
+def test_masks_have_the_published_statistics():
+    masks = cutmix_masks(2000, 128, 128)
+    assert masks.shape == (2000, 1, 128, 128) and masks.dtype == torch.bool
+    share = masks.float().mean((1, 2, 3))
+    assert share.mean().item() == pytest.approx(0.254, abs=0.005)
+    for quantile, value in ((0.05, 0.147), (0.5, 0.250), (0.95, 0.369)):
+        assert share.quantile(quantile).item() == pytest.approx(value, abs=0.012)
+    assert masks[:, 0, 64, 64].float().mean().item() == pytest.approx(0.477, abs=0.04)
+    assert masks[:, 0, 0, 0].float().mean() < 0.01
+
+
+def test_one_box_of_half_the_picture():
+    share = cutmix_masks(200, 256, 256, boxes=1, area=(0.5, 0.5)).float().mean((1, 2, 3))
+    assert (share - 0.5).abs().max() <= 0.003
+
+
+def test_a_box_is_a_rectangle_of_the_published_size():
+    masks = cutmix_masks(300, 120, 90, boxes=1)[:, 0]
+    for mask in masks:
+        rows, columns = mask.any(1), mask.any(0)
+        high, wide = int(rows.sum()), int(columns.sum())
+        assert torch.equal(mask, rows[:, None] & columns) and mask.sum() == high * wide
+        assert 0.24 < high * wide / (120 * 90) < 0.51
+        assert high >= 0.24 * 120 and wide >= 0.24 * 90
+    # Of three boxes none is longer than the side over sqrt(3).
+    assert cutmix_masks(300, 90, 90)[:, 0].any(1).sum(1).max() <= 3 * round(90 / 3**0.5)
+
+
+def test_boxes_that_overlap_cancel():
+    """The mask is the parity of the number of boxes over a pixel."""
+    generator = torch.Generator().manual_seed(5)
+    mask = cutmix_masks(1, 64, 64, boxes=3, area=(0.9, 0.9), generator=generator)[0, 0]
+    uniform = torch.rand(
+        4, 1, 3, 1, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )[:, 0, :, 0, 0]
+    painted = torch.zeros(64, 64, dtype=torch.int64)
+    for _, e, v, u in uniform.T.tolist():
+        high = round(0.9**e / 3**0.5 * 64)
+        wide = round(0.9 ** (1 - e) / 3**0.5 * 64)
+        top, left = round((64 - high) * v), round((64 - wide) * u)
+        painted[top : top + high, left : left + wide] += 1
+    assert painted.max() > 1 and torch.equal(mask, painted % 2 == 1)
+
+
+def test_a_generator_makes_the_masks_repeatable():
+    draws = [cutmix_masks(4, 32, 32, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0][0], draws[0][1])

@@ -1,0 +1,807 @@
+"""Lists, the check at start, reading, the embedded dataset and the loaders.
+
+Tests marked xfail(strict) are known faults; who mends one removes the mark.
+"""
+
+import hashlib
+import os
+import shutil
+import struct
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+
+from common import shapes
+from common.augment import train_view, whole_view
+from common.data import Data, _choose_labeled, check, load, training_loader, val_loader
+from common.layouts import read_image, read_mask
+from common.run import InputError
+
+
+@pytest.fixture
+def root(tmp_path):
+    return trees.folder_tree(tmp_path / "set")
+
+
+def names(pairs):
+    return [Path(image).stem for image, _ in pairs]
+
+
+def known_fault(reason):
+    return pytest.mark.xfail(strict=True, raises=Exception, reason=reason)
+
+
+def message(root, labeled="all", unlabeled="", dataset="folder"):
+    """What the user reads when this input is refused: always one line."""
+    with pytest.raises(InputError) as caught:
+        check(load(dataset, str(root), str(labeled), str(unlabeled), 0))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- layouts ---
+
+
+def test_folder_layout(root):
+    data = load("folder", str(root), "1/2", "", 0)
+    check(data)
+    assert names(data.labeled) == ["000", "002", "004"]
+    assert names(data.unlabeled) == ["001", "003", "005"]
+    assert names(data.val) == ["000", "001", "002"]
+    assert all("/val/" in image and "/val/" in mask for image, mask in data.val)
+    assert data.classes == list(trees.CLASSES) and len(data.colors) == 3
+
+
+def test_folder_layout_takes_subfolders_and_any_suffix_case(root):
+    (root / "images/train/day").mkdir()
+    (root / "masks/train/day").mkdir()
+    shutil.move(root / "images/train/000.jpg", root / "images/train/day/000.JPG")
+    shutil.move(root / "masks/train/000.png", root / "masks/train/day/000.png")
+    data = load("folder", str(root), "all", "", 0)
+    check(data)
+    assert len(data.labeled) == 6 and data.labeled[-1][0].endswith("day/000.JPG")
+
+
+@pytest.mark.parametrize("below", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_voc_layout_without_the_augmented_masks(tmp_path, below):
+    trees.voc_tree(tmp_path, aug=False)
+    data = load("voc", str(tmp_path / below), "all", "", 0)
+    check(data)
+    assert names(data.labeled) == list(trees.VOC_TRAIN)
+    assert names(data.val) == list(trees.VOC_VAL)
+    masks = {Path(mask).parent.name for _, mask in data.labeled + data.val}
+    assert masks == {"SegmentationClass"}
+    assert len(data.classes) == 21 and data.classes[15] == "person"
+    assert [data.colors[k] for k in (0, 1, 2, 15)] == [
+        (0, 0, 0),
+        (128, 0, 0),
+        (0, 128, 0),
+        (192, 128, 128),
+    ]
+
+
+def test_voc_augmented_masks_never_bring_validation_pictures_into_training(tmp_path):
+    data = load("voc", str(trees.voc_tree(tmp_path, aug=True)), "1/2", "", 0)
+    check(data)
+    train = sorted(trees.VOC_TRAIN + trees.VOC_EXTRA)
+    assert names(data.labeled) == train[::2] and names(data.unlabeled) == train[1::2]
+    assert {Path(mask).parent.name for _, mask in data.labeled} == {"SegmentationClassAug"}
+    assert names(data.val) == list(trees.VOC_VAL)
+    assert {Path(mask).parent.name for _, mask in data.val} == {"SegmentationClass"}
+
+
+def test_cityscapes_layout_and_label_ids(tmp_path):
+    data = load("cityscapes", str(trees.cityscapes_tree(tmp_path)), "1/2", "", 0)
+    check(data)
+    assert [Path(i).name[:13] for i, _ in data.labeled] == ["aachen_000000", "zurich_000000"]
+    assert len(data.unlabeled) == 2 and len(data.val) == 2
+    assert (data.classes[0], data.classes[13], data.classes[18]) == ("road", "car", "bicycle")
+    # The official table (cityscapesScripts, labels.py): labelId -> trainId.
+    ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    expected = [ids.index(k) if k in ids else 255 for k in range(34)] + [255]
+    _, label = next(iter(val_loader(data, whole_view)))
+    assert label[0, 0, :35].tolist() == expected
+
+
+def test_cityscapes_refuses_ids_that_do_not_exist(tmp_path):
+    trees.cityscapes_tree(tmp_path)
+    mask = tmp_path / "gtFine/val/lindau/lindau_000001_000019_gtFine_labelIds.png"
+    trees.save_mask(mask, np.full((trees.HEIGHT, trees.WIDTH), 40), palette=False)
+    text = message(tmp_path, dataset="cityscapes")
+    assert str(mask) in text and "values 40; allowed are 0 to 33" in text
+
+
+def test_palette_masks_keep_indices_and_void(tmp_path):
+    values = np.arange(48 * 64).reshape(48, 64) % 4
+    values[5] = 255
+    trees.save_mask(tmp_path / "m.png", values)
+    assert Image.open(tmp_path / "m.png").mode == "P"  # or this test would test nothing
+    assert (read_mask(str(tmp_path / "m.png")) == values).all()
+
+
+# --- what is labelled, what is not ---
+
+
+def fake_train(count):
+    return {f"{k:05d}": (f"r/images/{k:05d}.jpg", f"r/masks/{k:05d}.png") for k in range(count)}
+
+
+def chosen(labeled, count, seed=0):
+    return names(_choose_labeled(labeled, fake_train(count), Path("r"), seed))
+
+
+@pytest.mark.parametrize(
+    "count, sizes",
+    [
+        (10582, {16: 662, 8: 1323, 4: 2646, 2: 5291}),  # VOC's published splits
+        (2975, {16: 186, 8: 372, 4: 744, 2: 1488}),  # those of Cityscapes
+    ],
+)
+def test_fractions(count, sizes):
+    picks = {r: chosen(f"1/{r}", count) for r in sizes}
+    assert {r: len(pick) for r, pick in picks.items()} == sizes
+    assert picks[8] == sorted(fake_train(count))[::8]
+    assert set(picks[16]) < set(picks[8]) < set(picks[4]) < set(picks[2])
+    assert chosen("1/16", count, seed=5) == picks[16]  # fractions leave nothing to chance
+    assert len(chosen("1/1", count)) == count and chosen(f"1/{count}", count) == ["00000"]
+
+
+def test_counts_are_drawn_by_seed():
+    pick = chosen("20", 200, seed=1)
+    assert len(set(pick)) == 20 and pick == sorted(pick)
+    assert pick == chosen("20", 200, seed=1)
+    assert pick != chosen("20", 200, seed=2)
+    assert pick != chosen("20", 200)
+
+
+LIST_LINES = {
+    "ids": "003\n001\n",
+    "pairs": "images/train/003.jpg masks/train/003.png\nimages/train/001.jpg masks/train/001.png",
+    "leading slash": "/images/train/001.jpg /masks/train/001.png\n003\n",
+    "tab": "images/train/001.jpg\tmasks/train/001.png\nimages/train/003.jpg\tmasks/train/003.png",
+    "CRLF, blank lines": "\r\n001\r\n\r\n  \r\n003  \r\n\r\n",
+    "byte order mark": "\ufeff001\n003\n",
+    "repeated": "001\n003\n001\n",
+}
+
+
+@pytest.mark.parametrize("text", LIST_LINES.values(), ids=LIST_LINES)
+def test_list_files(root, tmp_path, text):
+    path = tmp_path / "labeled.txt"
+    path.write_bytes(text.encode())
+    data = load("folder", str(root), str(path), "", 0)
+    check(data)
+    assert names(data.labeled) == ["001", "003"]
+    assert [Path(mask).name for _, mask in data.labeled] == ["001.png", "003.png"]
+    # Pictures named by path are known for labelled too, and leave the unlabelled ones.
+    assert names(data.unlabeled) == ["000", "002", "004", "005"]
+
+
+def test_list_pairs_may_take_masks_from_elsewhere(root, tmp_path):
+    shutil.move(root / "masks/train/000.png", root / "extra mask.png")
+    (tmp_path / "list.txt").write_text("/images/train/000.jpg\t/extra mask.png\n")
+    data = load("folder", str(root), str(tmp_path / "list.txt"), "", 0)
+    check(data)
+    expected = str(root / "images/train/000.jpg"), str(root / "extra mask.png")
+    assert data.labeled == [expected]
+
+
+def test_all_means_every_training_picture_with_a_mask(root):
+    (root / "masks/train/002.png").unlink()
+    data = load("folder", str(root), "all", "", 0)
+    assert names(data.labeled) == ["000", "001", "003", "004", "005"]
+    assert names(data.unlabeled) == ["002"]
+
+
+def test_when_all_are_labelled_the_same_pictures_serve_as_unlabelled(root):
+    data = load("folder", str(root), "all", "", 0)
+    assert names(data.unlabeled) == names(data.labeled) and len(data.unlabeled) == 6
+    assert {mask for _, mask in data.unlabeled} == {None}
+
+
+def test_unlabelled_list_and_folder(root, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("b.png", "a.jpg", "deep/c.bmp"):
+        trees.save_picture(tmp_path / "web" / name, rng)
+    (tmp_path / "web" / "notes.txt").write_text("no picture")
+    data = load("folder", str(root), "1/3", str(tmp_path / "web"), 0)
+    check(data)
+    assert names(data.labeled) == ["000", "003"] and names(data.unlabeled) == ["a", "b", "c"]
+
+    # A list may name a picture that is labelled too, by id or by path.
+    (tmp_path / "list.txt").write_text("/images/train/004.jpg\n000\n")
+    data = load("folder", str(root), "1/3", str(tmp_path / "list.txt"), 0)
+    assert names(data.unlabeled) == ["000", "004"]
+    assert {mask for _, mask in data.unlabeled} == {None}
+
+
+@pytest.mark.parametrize("unlabeled", ["", "list"])
+def test_no_mask_of_an_unlabelled_picture_is_ever_opened(root, tmp_path, monkeypatch, unlabeled):
+    """Their masks are broken or gone; neither the check nor the loader may notice."""
+    for name in ("001", "002", "004"):
+        (root / f"masks/train/{name}.png").write_bytes(b"broken")
+    (root / "masks/train/005.png").unlink()
+    if unlabeled:
+        (tmp_path / "list.txt").write_text("001\n002\n004\n005\n")
+        unlabeled = str(tmp_path / "list.txt")
+    opened = Counter()
+    real = Image.open
+
+    def spy(path, *args, **kwargs):
+        opened[Path(path).relative_to(root).as_posix()] += 1
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", spy)
+    data = load("folder", str(root), "1/3", unlabeled, 0)
+    assert not opened  # listing opens nothing
+    check(data)
+    assert opened["masks/train/000.png"] == opened["masks/train/003.png"] == 1
+    assert names(data.unlabeled) == ["001", "002", "004", "005"]
+    opened.clear()
+    for _, label in training_loader(data, "unlabeled", whole_view, 2, range(4)):
+        assert (label == 255).all()
+    assert sum(opened.values()) == 8 and all(path.startswith("images/") for path in opened)
+
+
+# --- the summary ---
+
+
+def fake_data(root, labeled):
+    pairs = [(f"{root}/images/{k}.jpg", f"{root}/masks/{k}.png") for k in range(468)]
+    return Data(
+        ["sky", "road"],
+        [(0, 0, 0), (128, 0, 0)],
+        pairs[:labeled],
+        [(image, None) for image, _ in pairs[labeled:367]],
+        pairs[367:],
+        root,
+        np.arange(256, dtype=np.uint8),
+    )
+
+
+def test_summary():
+    expected = (
+        "46 labelled, 321 unlabelled, 101 validation pictures; labelled list HASH\n"
+        "2 classes: sky, road"
+    )
+    text = fake_data("/data/camvid", 46).summary()
+    digest = text.split("labelled list ")[1].split()[0]
+    assert text.replace(digest, "HASH") == expected
+    assert fake_data("D:/elsewhere", 46).summary() == text
+    assert digest not in fake_data("/data/camvid", 45).summary()
+
+
+def test_summary_names_the_same_list_wherever_the_root_is(root, tmp_path):
+    moved = shutil.copytree(root, tmp_path / "other place" / "set")
+    first, second = (load("folder", str(r), "1/2", "", 0).summary() for r in (root, moved))
+    assert first == second
+    assert first != load("folder", str(root), "1/3", "", 0).summary()
+
+
+@known_fault("the files then begin without a slash, so that the hash is another")
+def test_summary_names_the_same_list_from_inside_the_root(root, monkeypatch):
+    outside = load("folder", str(root), "1/2", "", 0).summary()
+    monkeypatch.chdir(root)
+    assert load("folder", ".", "1/2", "", 0).summary() == outside
+
+
+# --- refusals ---
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def cut(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+
+
+def deep_picture(root):
+    (root / "images/train/000.jpg").unlink()
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(root / "images/train/000.png")
+
+
+def bad_value(root, split="train"):
+    values = np.zeros((48, 64))
+    values[0, :3] = 2, 7, 255
+    trees.save_mask(root / f"masks/{split}/000.png", values)
+
+
+def recoloured(root, mode):
+    path = root / "masks/train/000.png"
+    Image.open(path).convert(mode).save(path)
+
+
+def deep_mask(root):
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(root / "masks/train/000.png")
+
+
+def small_validation(root):
+    trees.save_picture(root / "images/val/000.jpg", np.random.default_rng(0), 24, 64)
+    trees.save_mask(root / "masks/val/000.png", np.zeros((24, 64)))
+
+
+IMAGE, MASK = "images/train/000.jpg", "masks/train/000.png"
+BROKEN = {  # what is done to the tree; the file that the message names; words in it
+    "root missing": (shutil.rmtree, "", ["no such folder"]),
+    "root empty": (empty, "classes.txt", ["missing"]),
+    "classes missing": (lambda r: (r / "classes.txt").unlink(), "classes.txt", ["missing"]),
+    "one class": (
+        lambda r: (r / "classes.txt").write_text("cat\n\n"),
+        "classes.txt",
+        ["lists 1 classes", "2 to 254"],
+    ),
+    "classes not UTF-8": (
+        lambda r: (r / "classes.txt").write_bytes(b"caf\xe9\nbar\n"),
+        "classes.txt",
+        ["UTF-8"],
+    ),
+    "no train folder": (lambda r: shutil.rmtree(r / "images/train"), "images/train", ["missing"]),
+    "no train picture": (lambda r: empty(r / "images/train"), "", ["no training picture"]),
+    "no val picture": (lambda r: empty(r / "images/val"), "", ["no validation picture"]),
+    "picture is text": (
+        lambda r: (r / IMAGE).write_text("hello"),
+        IMAGE,
+        ["not a readable picture"],
+    ),
+    "picture empty": (lambda r: (r / IMAGE).write_bytes(b""), IMAGE, ["not a readable picture"]),
+    "picture cut short": (lambda r: cut(r / IMAGE), IMAGE, ["not a readable picture", "truncated"]),
+    "val picture cut short": (
+        lambda r: cut(r / "images/val/001.jpg"),
+        "images/val/001.jpg",
+        ["not a readable picture"],
+    ),
+    "picture of 16 bits": (deep_picture, "images/train/000.png", ["I;16", "8-bit"]),
+    "mask is text": (lambda r: (r / MASK).write_text("hello"), MASK, ["not a readable mask"]),
+    "mask cut short": (lambda r: cut(r / MASK), MASK, ["not a readable mask"]),
+    "mask value": (bad_value, MASK, ["values 0, 2, 7, 255;", "0 to 2", "255", "3 classes"]),
+    "val mask value": (
+        lambda r: bad_value(r, "val"),
+        "masks/val/000.png",
+        ["values 0, 2, 7, 255;"],
+    ),
+    "mask RGB": (lambda r: recoloured(r, "RGB"), MASK, ["RGB", "class indices"]),
+    "mask RGBA": (lambda r: recoloured(r, "RGBA"), MASK, ["RGBA", "class indices"]),
+    "mask of 16 bits": (deep_mask, MASK, ["I;16", "8-bit"]),
+    "mask turned": (
+        lambda r: trees.save_mask(r / MASK, np.zeros((64, 48))),
+        MASK,
+        ["48 x 64", "64 x 48", IMAGE],
+    ),
+    "no mask at all": (lambda r: empty(r / "masks/train"), "", ["no training picture has a mask"]),
+    "val picture without mask": (
+        lambda r: (r / "masks/val/002.png").unlink(),
+        "images/val/002.jpg",
+        ["without a mask"],
+    ),
+    "small val picture": (small_validation, "images/val/000.jpg", ["32 x 32"]),
+    "two of one stem": (
+        lambda r: trees.save_picture(r / "images/train/000.png", np.random.default_rng(0)),
+        "images/train/000.png",
+        [IMAGE, "same name"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, file, words", BROKEN.values(), ids=BROKEN)
+def test_broken_folder(root, damage, file, words):
+    check(load("folder", str(root), "all", "", 0))  # whole before, so that it is the damage
+    damage(root)
+    text = message(root)
+    assert str(root / file) in text
+    assert all(word in text for word in words), text
+
+
+def test_first_of_several_bad_files_is_the_one_named(root):
+    """Files are checked in parallel, and still the message does not depend on chance."""
+    for name in ("005", "001", "003"):
+        (root / f"images/train/{name}.jpg").write_text("hello")
+    assert str(root / "images/train/001.jpg") in message(root)
+
+
+@pytest.mark.parametrize("labeled", ["1/2", "6", "list"])
+def test_labelled_picture_without_mask(root, tmp_path, labeled):
+    (root / "masks/train/004.png").unlink()
+    if labeled == "list":
+        labeled = tmp_path / "list.txt"
+        labeled.write_text("003\n004\n")
+    text = message(root, labeled)
+    assert str(root / "images/train/004.jpg") in text and "no mask" in text
+    assert f"--labeled {labeled}" in text
+
+
+BAD_LABELED = ["1/999", "1/7", "1/0", "2/3", "1/x", "1/-2", "0.5", "-3", "0", "7", "1e2", "no.txt"]
+
+
+@pytest.mark.parametrize("labeled", BAD_LABELED)
+def test_bad_labelled_flag(root, labeled):
+    text = message(root, labeled)
+    assert text.startswith(f"--labeled {labeled}: ")
+    too_large = labeled in ("1/999", "1/7", "1/0", "0", "7")
+    assert ("1 to 6" if too_large else "neither 1/r, a count, all") in text
+
+
+BAD_LISTS = {
+    "missing picture": ("003\nimages/train/099.jpg\n", "images/train/099.jpg", "does not exist"),
+    "missing id": ("003\n099\n", "099", "is no training id"),
+    "missing mask": ("/images/train/003.jpg /masks/nil.png", "masks/nil.png", "does not exist"),
+    "three columns": (f"{IMAGE} {MASK} {MASK}", IMAGE, "not one or two paths"),
+    "empty": ("", "", "lists no picture"),
+    "blank lines": ("\n \r\n", "", "lists no picture"),
+    "not UTF-8": (b"\xff\xfe0\x000\x001\x00", "", "UTF-8"),
+}
+
+
+@pytest.mark.parametrize("content, file, words", BAD_LISTS.values(), ids=BAD_LISTS)
+def test_bad_list(root, tmp_path, content, file, words):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    flags = [dict(labeled=path)]
+    if "mask" not in words + file:  # an unlabelled picture needs none
+        flags.append(dict(labeled="1/2", unlabeled=path))
+    for flag in flags:
+        text = message(root, **flag)
+        assert str(path) in text and file in text and words in text
+
+
+def test_bad_unlabelled_flag(root, tmp_path):
+    assert "--unlabeled no.txt: no such" in message(root, "1/2", "no.txt")
+    (tmp_path / "bare").mkdir()
+    assert f"--unlabeled {tmp_path / 'bare'}: holds no" in message(root, "1/2", tmp_path / "bare")
+
+
+def test_no_data_path():
+    for dataset in ("folder", "voc", "cityscapes"):
+        assert "--data-path ''" in message("", dataset=dataset)
+
+
+@pytest.mark.parametrize("labeled", ["all", "1/2"])  # the picture is labelled, or it is not
+def test_missing_picture(tmp_path, labeled):
+    top = trees.voc_tree(tmp_path, aug=False)
+    gone = top / "VOC2012/JPEGImages/2007_000039.jpg"
+    gone.unlink()
+    text = message(top, labeled, dataset="voc")
+    assert str(gone) in text and "no such picture" in text
+
+
+@pytest.mark.parametrize(
+    "dataset, gone",
+    [
+        ("voc", "JPEGImages"),
+        ("voc", "ImageSets/Segmentation/val.txt"),
+        ("cityscapes", "leftImg8bit/train"),
+        ("cityscapes", "leftImg8bit/val"),
+    ],
+)
+def test_incomplete_download(tmp_path, dataset, gone):
+    top = trees.voc_tree(tmp_path, aug=True) if dataset == "voc" else tmp_path
+    if dataset == "voc":
+        top = top / "VOC2012"
+    else:
+        trees.cityscapes_tree(top)
+    gone = top / gone
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    text = message(top, dataset=dataset)
+    assert str(gone) in text and "missing" in text
+
+
+def test_cityscapes_without_masks(tmp_path):
+    trees.cityscapes_tree(tmp_path)
+    shutil.rmtree(tmp_path / "gtFine")
+    text = message(tmp_path, dataset="cityscapes")
+    assert "leftImg8bit/val/lindau/lindau_00000" in text and "without a mask" in text
+
+
+@known_fault("a line of one path is split at its spaces")
+def test_listed_path_with_a_space(root, tmp_path):
+    shutil.move(root / "images/train/005.jpg", root / "images/my cat.jpg")
+    (tmp_path / "list.txt").write_text("images/my cat.jpg\n")
+    data = load("folder", str(root), "1/2", str(tmp_path / "list.txt"), 0)
+    assert names(data.unlabeled) == ["my cat"]
+
+
+@known_fault("_read_list wants the mask that it then throws away")
+def test_unlabelled_list_of_pairs_needs_no_masks(root, tmp_path):
+    """The papers' unlabelled lists have a mask column; those who have no masks use them too."""
+    (root / "masks/train/005.png").unlink()
+    (tmp_path / "list.txt").write_text("/images/train/005.jpg /masks/train/005.png\n")
+    data = load("folder", str(root), "1/2", str(tmp_path / "list.txt"), 0)
+    assert names(data.unlabeled) == ["005"]
+
+
+@known_fault("macOS leaves ._NAME beside each file on foreign disks; they count as pictures")
+def test_hidden_files_are_no_pictures(root):
+    (root / "images/train/._000.jpg").write_bytes(b"\x00\x05\x16\x07")
+    assert names(load("folder", str(root), "1/2", "", 0).labeled) == ["000", "002", "004"]
+
+
+# --- reading pictures ---
+
+
+def test_exif_orientation_is_applied(root):
+    pixels = np.zeros((24, 40, 3), np.uint8)
+    pixels[:, :20, 0] = 255  # red on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: red comes to the top
+    Image.fromarray(pixels).save(root / IMAGE, exif=exif)
+    image = read_image(str(root / IMAGE))
+    assert image.shape == (40, 24, 3)
+    red = image[..., 0].astype(float)
+    assert red[:18].min() > 200 and red[22:].max() < 50
+    trees.save_mask(root / MASK, np.zeros((40, 24)))  # drawn on what people see
+    check(load("folder", str(root), "all", "", 0))
+
+
+# EXIF blocks: no TIFF header at all; and one that asks to be turned (0x0112 is 6) beside a width
+# (0x0100) stored as a float, which Pillow reads but cannot write back.
+NO_HEADER = b"Exif\0\0garbage"
+FLOAT_WIDTH = b"Exif\0\0II*\0\x08\0\0\0\2\0" + struct.pack(
+    "<HHIfHHIHHI", 0x0100, 11, 1, 72.0, 0x0112, 3, 1, 6, 0, 0
+)
+
+
+@known_fault("exif_transpose raises SyntaxError or struct.error, outside of _open's try")
+@pytest.mark.parametrize(
+    "suffix, exif", [("png", NO_HEADER), ("jpg", FLOAT_WIDTH)], ids=["header", "float"]
+)
+def test_damaged_exif_is_no_traceback(tmp_path, suffix, exif):
+    path = tmp_path / f"picture.{suffix}"
+    Image.new("RGB", (40, 24)).save(path, exif=exif)
+    try:
+        read_image(str(path))  # the pixels are fine, so that either way will do
+    except InputError as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    "mode, suffix, pixel, rgb",
+    [
+        ("1", "png", 1, (255, 255, 255)),
+        ("L", "png", 90, (90, 90, 90)),
+        ("LA", "png", (90, 128), (90, 90, 90)),
+        ("P", "png", 1, (200, 100, 50)),
+        ("RGBA", "png", (200, 100, 50, 128), (200, 100, 50)),
+        ("CMYK", "tif", (0, 255, 255, 0), (255, 0, 0)),
+        ("RGB", "bmp", (200, 100, 50), (200, 100, 50)),
+    ],
+)
+def test_every_8_bit_picture_becomes_rgb(tmp_path, mode, suffix, pixel, rgb):
+    image = Image.new(mode, (4, 3))
+    if mode == "P":
+        image.putpalette([0, 0, 0, 200, 100, 50])
+    image.putpixel((2, 1), pixel)
+    path = str(tmp_path / f"picture.{suffix}")
+    image.save(path)
+    assert Image.open(path).mode == mode
+    read = read_image(path)
+    assert read.shape == (3, 4, 3) and read.dtype == np.uint8
+    assert tuple(read[1, 2]) == rgb and tuple(read[0, 0]) != rgb
+
+
+def test_grey_and_cmyk_jpegs(tmp_path):
+    for mode in ("L", "CMYK"):
+        path = str(tmp_path / f"{mode}.jpg")
+        Image.new("RGB", (16, 16), (180, 180, 180)).convert(mode).save(path)
+        assert Image.open(path).mode == mode
+        assert abs(read_image(path).astype(int) - 180).max() <= 3
+
+
+# --- loaders ---
+
+VIEW = partial(train_view, crop=32, scales=(0.5, 1.0, 1.5))
+
+
+def shape_data(count, seed=0):
+    """Drawn pictures: no files, and quickly there."""
+    data = load("shapes", "", "400", "", seed)
+    return replace(data, labeled=data.labeled[:count], unlabeled=data.unlabeled[:count])
+
+
+def mean_view(image, label):
+    """Tells pictures apart and draws nothing."""
+    return (image.double().mean(),)
+
+
+def batches(steps, batch=4, split="labeled", view=VIEW, count=11, **arguments):
+    loader = training_loader(shape_data(count), split, view, batch, steps, **arguments)
+    return [list(batch) for batch in loader]
+
+
+def same(first, second):
+    assert len(first) == len(second) > 0
+    return all(
+        torch.equal(a, b)
+        for one, two in zip(first, second, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_batches_do_not_depend_on_the_number_of_workers():
+    assert same(batches(range(5)), batches(range(5), workers=2))
+
+
+def test_batches_do_not_depend_on_the_number_of_processes():
+    whole = batches(range(6))
+    ranks = [batches(range(6), batch=2, rank=rank, world=2) for rank in range(2)]
+    joined = [
+        [torch.cat(parts) for parts in zip(*pair, strict=True)] for pair in zip(*ranks, strict=True)
+    ]
+    assert same(whole, joined)
+    assert not same(*ranks)
+
+
+def test_a_stream_begun_late_equals_the_tail_of_the_whole():
+    whole = batches(range(7))  # past the end of the first order, at step 2
+    assert same(whole[3:], batches(range(3, 7)))
+    assert not same(whole[3:], batches(range(4)))
+
+
+def test_seed_and_split_change_the_stream():
+    steps = range(3)
+    assert same(batches(steps, seed=1), batches(steps, seed=1))
+    assert not same(batches(steps, seed=1), batches(steps))
+    # The same pictures serve as labelled and unlabelled: not in the same order and crops.
+    orders = [batches(steps, split=split, view=mean_view) for split in ("labeled", "unlabeled")]
+    assert not same(*orders)
+
+
+def test_the_stream_ignores_torchs_global_seed():
+    torch.manual_seed(1)
+    first = batches(range(2))
+    torch.manual_seed(2)
+    assert same(first, batches(range(2)))
+
+
+def test_a_picture_is_augmented_afresh_each_time():
+    """What `itertools.cycle` on a loader gets wrong: it replays the first epoch's crops."""
+    crops = [batch[0] for batch in batches(range(6), batch=1, count=1)]
+    assert all(not torch.equal(crops[i], crops[j]) for i in range(6) for j in range(i))
+
+
+def test_no_picture_comes_twice_in_a_global_batch():
+    stream = [batch[0].tolist() for batch in batches(range(40), view=mean_view)]
+    assert all(len(set(batch)) == 4 for batch in stream)
+    counts = Counter(value for batch in stream for value in batch)
+    assert len(counts) == 11  # nor is any picture left out for good
+    assert len({tuple(batch) for batch in stream}) > 30  # each epoch has its own order
+
+
+def test_an_epoch_that_divides_by_the_batch_shows_each_picture_once():
+    stream = [batch[0].tolist() for batch in batches(range(6), view=mean_view, count=12)]
+    epochs = [sum(stream[:3], []), sum(stream[3:], [])]
+    assert all(len(set(epoch)) == 12 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_fewer_pictures_than_a_batch():
+    for (values,) in batches(range(3), batch=8, view=mean_view, count=3):
+        assert sorted(Counter(values.tolist()).values()) == [2, 3, 3]
+    (images, *_), *_ = batches(range(1), batch=8, count=3)
+    assert len({image.numpy().tobytes() for image in images}) == 8  # yet eight different crops
+
+
+def test_drawing_batches_leaves_torchs_global_generator_alone():
+    loader = iter(training_loader(shape_data(4), "labeled", VIEW, 2, range(3)))
+    before = torch.get_rng_state()
+    assert len(list(loader)) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@known_fault("iter(DataLoader) draws a base seed unless it is given a generator")
+def test_loaders_leave_torchs_global_generator_alone():
+    before = torch.get_rng_state()
+    batches(range(2))
+    list(val_loader(replace(shape_data(1), val=shape_data(2).val[:2]), whole_view))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_views_do_not_spoil_the_drawn_pictures():
+    """Drawn pictures are cached; were they handed out, a view could change them for good."""
+    name = shapes.names("train")[0]
+    before = [array.copy() for array in shapes.draw(name)]
+    batches(range(3), batch=2, count=2)
+    assert all((a == b).all() for a, b in zip(before, shapes.draw(name), strict=True))
+
+
+def test_training_batches_have_the_shapes_that_scripts_expect(root):
+    data = load("folder", str(root), "1/2", "", 0)
+    view = partial(VIEW, strong=lambda image: 1 - image)
+    image, label, valid, strong = next(iter(training_loader(data, "labeled", view, 2, range(1))))
+    assert image.shape == strong.shape == (2, 3, 32, 32) and image.dtype == torch.float32
+    assert label.shape == valid.shape == (2, 32, 32)
+    assert label.dtype == torch.int64 and valid.dtype == torch.bool
+    assert set(label.unique().tolist()) <= {0, 1, 2, 255}
+
+
+def test_validation_shares_cover_each_picture_once():
+    data = shape_data(2)
+    data.val = data.val[:7]
+    shares = [
+        [value.item() for (value,) in val_loader(data, mean_view, rank, 3)] for rank in range(3)
+    ]
+    whole = [value.item() for (value,) in val_loader(data, mean_view)]
+    assert [len(share) for share in shares] == [3, 2, 2] and len(set(whole)) == 7
+    assert sorted(sum(shares, [])) == sorted(whole)
+    assert [v.item() for (v,) in val_loader(data, mean_view, workers=1)] == whole
+    data.val = data.val[:2]  # fewer pictures than processes: the last has nothing to do
+    assert list(val_loader(data, mean_view, 2, 3)) == []
+
+
+def test_validation_sees_whole_pictures(root):
+    trees.save_picture(root / "images/val/001.jpg", np.random.default_rng(1), 40, 56)
+    mask = trees.blobs(np.random.default_rng(1), 3, 40, 56)
+    trees.save_mask(root / "masks/val/001.png", mask)
+    data = load("folder", str(root), "all", "", 0)
+    check(data)
+    sizes = [image.shape for image, _ in val_loader(data, whole_view)]
+    assert sizes == [(1, 3, 48, 64), (1, 3, 40, 56), (1, 3, 48, 64)]
+    _, label = list(val_loader(data, whole_view))[1]
+    assert label.dtype == torch.int64 and (label[0].numpy() == mask).all()
+
+
+# --- the embedded dataset ---
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """All pictures, and the processor time that they took."""
+    shapes.draw.cache_clear()
+    start = time.process_time()
+    pictures = {name: shapes.draw(name) for split in shapes.COUNTS for name in shapes.names(split)}
+    return pictures, time.process_time() - start
+
+
+def test_drawing_the_embedded_set_takes_seconds(drawn):
+    pictures, seconds = drawn
+    assert len(pictures) == sum(shapes.COUNTS.values()) >= 300
+    assert seconds < 10  # 1.7 s here
+
+
+def test_drawn_pictures_are_the_same_on_every_machine():
+    """Results in the README hold for these pixels; who changes them has to measure again."""
+    expected = {
+        "train/000": "9ce70c35e591f2fb",
+        "train/217": "b035cc88cf7c509b",
+        "val/149": "bcd32c90b31420f7",
+    }
+    for name, digest in expected.items():
+        picture, mask = shapes.draw.__wrapped__(name)
+        found = hashlib.sha256(picture.tobytes() + mask.tobytes()).hexdigest()[:16]
+        assert found == digest, name
+
+
+def test_drawn_pictures_and_masks(drawn):
+    pictures, _ = drawn
+    for name, (picture, mask) in pictures.items():
+        assert picture.shape == (*mask.shape, 3) and picture.dtype == mask.dtype == np.uint8
+        assert set(np.unique(mask)) - {0} == set(shapes.tags(name)) != set(), name
+    assert len({picture.tobytes() for picture, _ in pictures.values()}) == len(pictures)
+
+
+def test_classes_of_the_embedded_set(drawn):
+    everything = set(range(1, len(shapes.CLASSES)))
+    assert len(everything) >= 5 and len(shapes.COLORS) == len(shapes.CLASSES)
+    train, val = ({k for n in shapes.names(s) for k in shapes.tags(n)} for s in ("train", "val"))
+    assert train == val == everything
+    labeled = load("shapes", "", "1/20", "", 0).labeled
+    tags = [shapes.tags(image.removeprefix("shapes:")) for image, _ in labeled]
+    assert len(labeled) == 20 and {k for each in tags for k in each} == everything
+
+
+def test_the_embedded_set_needs_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load("shapes", "", "1/20", "", 0)
+    check(data)
+    assert data.summary().startswith("20 labelled, 380 unlabelled, 150 validation pictures; ")
+    assert os.listdir(tmp_path) == []
+    assert not {i for i, _ in data.labeled + data.unlabeled} & {i for i, _ in data.val}

@@ -1,0 +1,102 @@
+"""Tiny datasets on disk in the layouts that users have, for tests of anything that reads files.
+
+Each function fills a folder and returns what `--data-path` would be. Contents are drawn from a
+seed, so that two trees of the same arguments hold the same pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.layouts import voc_colors
+
+HEIGHT, WIDTH = 48, 64
+CLASSES = ("ground", "cat", "dog")
+VOC_TRAIN = ("2007_000032", "2007_000039", "2007_000063")
+VOC_VAL = ("2007_000033", "2007_000042")
+VOC_EXTRA = ("2008_000002", "2009_000001", "2010_000005")  # masks in SegmentationClassAug alone
+CITIES = {"train": ("aachen", "zurich"), "val": ("lindau",)}
+
+
+def save_picture(path: Path, rng: np.random.Generator, height=HEIGHT, width=WIDTH) -> None:
+    """Smooth colours: a few random cells, enlarged, so that JPEG keeps them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(cells).resize((width, height), Image.Resampling.BILINEAR).save(path)
+
+
+def save_mask(path: Path, values: np.ndarray, palette: bool = True) -> None:
+    """A PNG of these values (H, W): a palette's indices as VOC has them, or 8-bit grey."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = Image.fromarray(values.astype(np.uint8))
+    if palette:
+        mask.putpalette([channel for color in voc_colors(256) for channel in color])
+    mask.save(path)
+
+
+def blobs(rng: np.random.Generator, classes: int, height=HEIGHT, width=WIDTH) -> np.ndarray:
+    """Class 0 with one rectangle of every other class, side by side, and a void frame."""
+    mask = np.zeros((height, width), np.uint8)
+    for kind, columns in enumerate(np.array_split(np.arange(1, width - 1), classes - 1), start=1):
+        top = rng.integers(1, height // 2)
+        mask[top : top + height // 3, columns[:-1]] = kind
+    mask[[0, -1]] = mask[:, [0, -1]] = 255
+    return mask
+
+
+def folder_tree(
+    root: Path, train: int = 6, val: int = 3, classes: Sequence[str] = CLASSES, seed: int = 0
+) -> Path:
+    """images/{train,val}/000.jpg ..., masks/{train,val}/000.png ... (palette), classes.txt."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            save_picture(root / "images" / split / f"{index:03d}.jpg", rng)
+            save_mask(root / "masks" / split / f"{index:03d}.png", blobs(rng, len(classes)))
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    return root
+
+
+def voc_tree(root: Path, aug: bool, seed: int = 0) -> Path:
+    """VOCdevkit/ as unpacked; with `aug`, SegmentationClassAug/ as people download it.
+
+    The latter holds grey masks of all pictures, those of validation included; they are all 1
+    here, so that a test sees which folder a mask came from.
+    """
+    rng = np.random.default_rng(seed)
+    top = root / "VOCdevkit" / "VOC2012"
+    for name in VOC_TRAIN + VOC_VAL + VOC_EXTRA:
+        save_picture(top / "JPEGImages" / f"{name}.jpg", rng)
+        if name not in VOC_EXTRA:
+            save_mask(top / "SegmentationClass" / f"{name}.png", blobs(rng, 21))
+        if aug:
+            ones = np.ones((HEIGHT, WIDTH))
+            save_mask(top / "SegmentationClassAug" / f"{name}.png", ones, palette=False)
+    lists = top / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(VOC_TRAIN) + "\n")
+    (lists / "val.txt").write_text("\n".join(VOC_VAL) + "\n")
+    return root / "VOCdevkit"
+
+
+def cityscapes_tree(root: Path, frames: int = 2, seed: int = 0) -> Path:
+    """leftImg8bit/ and gtFine/ with `frames` pictures a city; row 0 of a mask has all its ids.
+
+    Columns 0 to 33 of that row are the ids 0 to 33, column 34 is 255 (the licence plate).
+    """
+    rng = np.random.default_rng(seed)
+    for split, cities in CITIES.items():
+        for city in cities:
+            for frame in range(frames):
+                name = f"{city}_{frame:06d}_000019"
+                save_picture(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", rng)
+                ids = rng.choice([0, 3, 7, 11, 26, 33], (HEIGHT, WIDTH))
+                ids[0, :35] = [*range(34), 255]
+                masks = root / "gtFine" / split / city
+                save_mask(masks / f"{name}_gtFine_labelIds.png", ids, palette=False)
+                # Its neighbours in the real archive, which nobody should read.
+                save_picture(masks / f"{name}_gtFine_color.png", rng)
+                save_mask(masks / f"{name}_gtFine_instanceIds.png", ids * 0 + 7, palette=False)
+    return root

@@ -80,9 +80,9 @@ class Config(RunConfig):
     supervision: Supervision = "cps"  # beside the labels: CPS, or an alternative of the Discussion
     cutmix: bool = True  # teach on CutMix pictures; goes with cps, single and mean_teacher
     lam: float = 1.5  # λ of Eq. (5) without CutMix: 1.5 on VOC, 6 on Cityscapes
-    lam_cutmix: float = 1.0  # λ with CutMix: 1 on VOC, 5 on Cityscapes
+    lam_cutmix: float = 2.0  # λ with CutMix: 1 on VOC, 5 on Cityscapes
     lam_mt: float = 100.0  # mean teacher's weight without CutMix, on a mean over classes too
-    ramp: float = 0.3  # share of the steps over which λ rises from 0; ours, for random weights
+    ramp: float = 0.15  # share of the steps over which λ rises from 0; ours, for random weights
     labeled_cps: Literal["auto", "on", "off"] = "auto"  # L_cps on labelled: auto: unless CutMix
     count_padding: bool = False  # give padding pseudo labels too, as the released code does
     pseudo_eval: bool = False  # pseudo labels from eval mode; the released code's are from train
@@ -101,6 +101,7 @@ PAPER = dict(
     weights="IMAGENET1K_V1",
     lr=0.0025,
     weight_decay=4e-4,
+    lam_cutmix=1.0,
     ramp=0.0,
     scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0),
     width=256,
@@ -269,6 +270,10 @@ def train(cfg: Config) -> Result:
     """Run the experiment; the result's model is network 1, the one the paper evaluates."""
     if cfg.cutmix and cfg.supervision not in ("cps", "single", "mean_teacher"):
         raise InputError(f"--supervision {cfg.supervision}: has no CutMix form; add --no-cutmix")
+    if cfg.ema_decay > 1:
+        raise InputError(f"--ema-decay {cfg.ema_decay}: must be between 0 and 1")
+    if 0 < cfg.eval_window < 32:
+        raise InputError(f"--eval-window {cfg.eval_window}: must be 0, or 32 pixels and more")
     run = Run("cps", cfg)
     data = load(cfg.dataset, cfg.data_path, cfg.labeled, cfg.unlabeled, cfg.seed)
     run.print(data.summary())

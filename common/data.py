@@ -5,6 +5,7 @@ unlabelled, validation. Supported: `shapes` (drawn, no files), `folder`, `voc`, 
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Data:
 
     def summary(self) -> str:
         """Counts, a hash of the labelled list that is equal on every machine, and the classes."""
-        files = [image.removeprefix(self.root).replace("\\", "/") for image, _ in self.labeled]
+        files = [Path(os.path.relpath(image, self.root)).as_posix() for image, _ in self.labeled]
         digest = hashlib.sha256("\n".join(files).encode()).hexdigest()[:12]
         return (
             f"{len(self.labeled)} labelled, {len(self.unlabeled)} unlabelled, {len(self.val)} "
@@ -66,7 +67,7 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     are not labelled, or all of them when all are), a list file or a folder.
     Raises InputError that names the file or flag.
     """
-    if dataset != "shapes" and not (data_path and Path(data_path).is_dir()):
+    if dataset != "shapes" and not (data_path and os.path.isdir(data_path)):
         raise InputError(f"--data-path {data_path!r}: no such folder; name the dataset's root")
     root, classes, colors, train, val, lookup = LAYOUTS[dataset](Path(data_path))
     if not train:
@@ -75,9 +76,9 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
         raise InputError(
             f"{root}: holds no validation picture in the layout of --dataset {dataset}"
         )
-    for image, mask in val.values():
-        if mask is None:
-            raise InputError(f"{image}: validation picture without a mask; add the mask")
+    for name in sorted(val):
+        if val[name][1] is None:
+            raise InputError(f"{val[name][0]}: validation picture without a mask; add the mask")
     chosen = _choose_labeled(labeled, train, root, seed)
     return Data(
         classes=classes,
@@ -97,14 +98,14 @@ def _choose_labeled(labeled: str, train: dict[str, Pair], root: Path, seed: int)
         if not pairs:
             raise InputError(f"{root}: no training picture has a mask")
         return pairs
-    if re.fullmatch(r"1/\d+", labeled):
+    if re.fullmatch(r"1/\d{1,9}", labeled):
         every = int(labeled[2:])
         if not 1 <= every <= len(names):
             raise InputError(
                 f"--labeled {labeled}: r must be 1 to {len(names)}, the number of training pictures"
             )
         pairs = [train[name] for name in names[::every]]
-    elif re.fullmatch(r"\d+", labeled):
+    elif re.fullmatch(r"\d{1,9}", labeled):
         count = int(labeled)
         if not 1 <= count <= len(names):
             raise InputError(
@@ -112,7 +113,7 @@ def _choose_labeled(labeled: str, train: dict[str, Pair], root: Path, seed: int)
             )
         order = np.random.default_rng(seed).permutation(len(names))
         pairs = [train[names[index]] for index in sorted(order[:count])]
-    elif Path(labeled).is_file():
+    elif os.path.isfile(labeled):
         pairs = _read_list("--labeled", labeled, train, root)
     else:
         raise InputError(
@@ -131,11 +132,11 @@ def _choose_unlabeled(
         known = {image for image, _ in labeled}
         images = [train[name][0] for name in sorted(train)]
         images = [image for image in images if image not in known] or images
-    elif Path(unlabeled).is_dir():
+    elif os.path.isdir(unlabeled):
         images = [str(path) for path in find_pictures(Path(unlabeled)).values()]
         if not images:
             raise InputError(f"--unlabeled {unlabeled}: holds no picture")
-    elif Path(unlabeled).is_file():
+    elif os.path.isfile(unlabeled):
         images = [image for image, _ in _read_list("--unlabeled", unlabeled, train, root)]
     else:
         raise InputError(f"--unlabeled {unlabeled}: no such list file or folder")
@@ -143,22 +144,28 @@ def _choose_unlabeled(
 
 
 def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list[Pair]:
-    """The pairs that a file lists: a training id, a picture, or a picture and its mask a line."""
-    pairs = set()
+    """The pairs that a file lists: a line is a training id, a picture, or a picture and its mask.
+
+    Paths are relative to the root; a picture alone has the mask that the dataset has for it.
+    """
+    known, pairs = {image: (image, mask) for image, mask in train.values()}, set()
     for line in read_lines(Path(path)):
         if line in train:
             pairs.add(train[line])
             continue
-        # A path may hold spaces: a tab separates first, any space only without one.
-        files = line.split("\t") if "\t" in line else line.split()
-        files = [root / name.strip().lstrip("/") for name in files]
-        missing = [str(file) for file in files if not file.is_file()]
+        # A name may hold spaces: they part picture and mask only where the line is no picture.
+        whole = root / line.lstrip("/")
+        words = [line] if whole.is_file() else line.split("\t") if "\t" in line else line.split()
+        files = [root / word.strip().lstrip("/") for word in words]
+        needed = files[:1] if flag == "--unlabeled" else files
+        missing = [str(file) for file in needed if not file.is_file()]
         if missing or len(files) > 2:
             raise InputError(
                 f"{flag} {path}: {line!r} is no training id, and "
                 + (f"{missing[0]} does not exist" if missing else "not one or two paths")
             )
-        pairs.add((str(files[0]), str(files[1]) if len(files) == 2 else None))
+        image = str(files[0])
+        pairs.add((image, str(files[1])) if len(files) == 2 else known.get(image, (image, None)))
     if not pairs:
         raise InputError(f"{flag} {path}: lists no picture")
     return sorted(pairs, key=lambda pair: pair[0])
@@ -286,7 +293,13 @@ def training_loader(
         [step * whole + rank * batch_size + position for position in range(batch_size)]
         for step in steps
     ]
-    return DataLoader(draws, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        draws,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader's own draws leave torch's generator alone
+    )
 
 
 def val_loader(
@@ -299,4 +312,6 @@ def val_loader(
 ) -> DataLoader:
     """The validation pictures one by one; each process has every world-th, none comes twice."""
     share = Pictures(data.val[rank::world], data.lookup, view)
-    return DataLoader(share, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        share, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator()
+    )

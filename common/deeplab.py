@@ -25,7 +25,8 @@ class DeepLabV3Plus(nn.Module):
     is ignored.
     width: channels of ASPP and decoder, 256 in the paper. The dropout rates are there for CAC;
     the networks of CPS and PS-MT have none.
-    Raises InputError for an unknown backbone and for weights that are missing or do not fit.
+    Raises InputError for an unknown backbone, a width below 1, and for weights that are missing
+    or do not fit.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class DeepLabV3Plus(nn.Module):
         classifier_dropout: float = 0.0,
     ):
         super().__init__()
+        if width < 1:
+            raise InputError(f"--width {width}: must be positive")
         # What rebuilds this network around its state dict; a checkpoint keeps it.
         self.arguments = dict(
             num_classes=num_classes,

@@ -18,16 +18,16 @@ class RunConfig:
 
     dataset: Literal["shapes", "folder", "voc", "cityscapes"] = "shapes"  # selects the recipe too
     data_path: str = ""  # the dataset's root folder; shapes needs none
-    labeled: str = "1/20"  # 1/r, a count, all, or a list file
+    labeled: str = "1/40"  # 1/r, a count, all, or a list file
     unlabeled: str = ""  # a list file or a folder; empty: the training pictures not labelled
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # of DeepLabv3+
     weights: str = "none"  # none (random), a torchvision name such as IMAGENET1K_V1, or a path
-    crop_size: int = 64  # side of a training crop in pixels, a multiple of 8
+    crop_size: int = 48  # side of a training crop in pixels, a multiple of 8
     batch_size: int = 8  # labelled pictures per process; as many unlabelled ones come with them
-    iters: int = 800  # optimisation steps
-    lr: float = 0.01  # initial learning rate, falling to 0 by (1 - step / iters)^0.9
+    iters: int = 300  # optimisation steps
+    lr: float = 0.06  # initial learning rate, falling to 0 by (1 - step / iters)^0.9
     weight_decay: float = 1e-4  # on weights; BatchNorm and biases have none
-    eval_every: int = 200  # steps between two evaluations, each of which writes last.pt
+    eval_every: int = 100  # steps between two evaluations, each of which writes last.pt
     workers: int = 0  # loader processes per stream and process; 0: load in the main process
     amp: Literal["auto", "none", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, else none
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -84,19 +84,22 @@ def check_config(cfg: RunConfig) -> None:
         value, kind = getattr(cfg, field.name), field.type
         if get_origin(kind) is Literal and value not in get_args(kind):
             refuse(field.name, f"one of {', '.join(get_args(kind))}")
-        if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
-            refuse(field.name, "a whole number")
-        if kind is float and not (isinstance(value, int | float) and math.isfinite(value)):
-            refuse(field.name, "a finite number")
         if kind is str and not isinstance(value, str):
             refuse(field.name, "a string")
+        if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            refuse(field.name, "a whole number, 0 or more")
+        if kind is float and not _finite(value):
+            refuse(field.name, "a finite number, 0 or more")
+        if get_origin(kind) is tuple and not (value and all(_finite(v) and v for v in value)):
+            refuse(field.name, "one or more positive numbers")
     for name in ("iters", "eval_every", "lr"):
-        if getattr(cfg, name) <= 0:
+        if not getattr(cfg, name):
             refuse(name, "positive")
-    for name in ("workers", "weight_decay", "seed"):
-        if getattr(cfg, name) < 0:
-            refuse(name, "0 or more")
     if cfg.batch_size < 2:
         refuse("batch_size", "2 or more: BatchNorm and CutMix need two pictures")
     if cfg.crop_size < 32 or cfg.crop_size % 8:
         refuse("crop_size", "a multiple of 8, 32 or more")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common import shapes
 from common.flags import InputError
@@ -36,6 +36,7 @@ CITYSCAPES = {  # labelId of the 19 training classes: name, colour
     32: ("motorcycle", (0, 0, 230)),
     33: ("bicycle", (119, 11, 32)),
 }
+TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF -> Image.Transpose
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
     "motorbike person pottedplant sheep sofa train tvmonitor"
@@ -91,7 +92,7 @@ def voc_layout(root: Path) -> Layout:
     val = read_lines(lists / "val.txt")
     augmented = root / "SegmentationClassAug"
     if augmented.is_dir():
-        masks, train = augmented, sorted({p.stem for p in augmented.glob("*.png")} - set(val))
+        masks, train = augmented, sorted(set(find_pictures(augmented)) - set(val))
     else:
         masks, train = root / "SegmentationClass", read_lines(lists / "train.txt")
     splits = [
@@ -105,12 +106,11 @@ def cityscapes_layout(root: Path) -> Layout:
     """leftImg8bit/ and gtFine/ as unpacked, labelIds; an id is city/city_sequence_frame."""
     splits = []
     for split in ("train", "val"):
-        folder, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
+        folder, end = root / "leftImg8bit" / split, "_leftImg8bit"
         if not folder.is_dir():
             raise InputError(f"{folder}: missing; --data-path must hold leftImg8bit/ and gtFine/")
-        names = [p.relative_to(folder).as_posix()[: -len(end)] for p in folder.glob(f"*/*{end}")]
-        masks = root / "gtFine" / split
-        images = {name: folder / f"{name}{end}" for name in names}
+        masks, found = root / "gtFine" / split, find_pictures(folder)
+        images = {name.removesuffix(end): found[name] for name in found if name.endswith(end)}
         splits.append(
             {n: _pair(path, masks / f"{n}_gtFine_labelIds.png") for n, path in images.items()}
         )
@@ -147,7 +147,8 @@ def find_pictures(folder: Path) -> dict[str, Path]:
     """The pictures below a folder by id, the path without suffix relative to the folder; sorted."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        # Hidden files, such as the "._name" files of macOS, are no pictures.
+        if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file():
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in found:
                 raise InputError(f"{path}: has the same name as {found[name]}; rename one of them")
@@ -175,17 +176,23 @@ def read_lines(path: Path) -> list[str]:
 def read_image(path: str) -> np.ndarray:
     """A picture (H, W, 3) uint8 RGB, turned as its EXIF orientation says."""
     if path.startswith(DRAWN):
-        return shapes.draw(path.removeprefix(DRAWN))[0]
+        return shapes.draw(path.removeprefix(DRAWN))[0].copy()
     image = _open(path, "picture")
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
         raise InputError(f"{path}: has Pillow mode {image.mode}; convert it to 8-bit RGB")
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # damaged EXIF, for which Pillow raises what its parser met
+        orientation = None
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
+    return np.array(image.convert("RGB"))
 
 
 def read_mask(path: str) -> np.ndarray:
     """A mask's values (H, W) uint8 as stored: a palette's indices, not its colours."""
     if path.startswith(DRAWN):
-        return shapes.draw(path.removeprefix(DRAWN))[1]
+        return shapes.draw(path.removeprefix(DRAWN))[1].copy()
     mask = _open(path, "mask")
     if mask.mode not in ("1", "L", "P"):
         raise InputError(

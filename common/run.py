@@ -276,7 +276,7 @@ class Run:
             best=self.best,
         )
         for name in ["best.pt"] * better + ["last.pt"]:
-            _replace(self.folder / name, lambda file: torch.save(checkpoint, file))
+            _replace(self.folder / name, lambda file: torch.save(_plain(checkpoint), file))
         rows = zip(self.model_facts["classes"], by_class, strict=True)
         text = "".join(
             f"{name}\t{'absent' if value is None else f'{100 * value:.2f}'}\n"
@@ -377,6 +377,19 @@ def _replace(path: Path, write: Callable[[Any], Any]) -> None:
 
 def _replace_text(path: Path, text: str) -> None:
     _replace(path, lambda file: file.write(text.encode()))
+
+
+def _plain(value: Any) -> Any:
+    """Nested state as plain dicts and lists whose equal strings are one object.
+
+    Pickle writes an object that it meets again as a reference. Without this, a file's bytes would
+    depend on whether the run was resumed.
+    """
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def _mix(*numbers: int) -> int:

@@ -18,11 +18,11 @@ COLORS = [
     (66, 135, 245),
     (70, 180, 90),
     (225, 70, 70),
-    (245, 165, 50),
+    (60, 205, 195),
     (240, 225, 90),
     (190, 95, 215),
 ]
-HUES = [0.58, 0.33, 0.0, 0.09, 0.16, 0.83]  # of the six classes, as a share of the colour wheel
+HUES = [0.62, 0.33, 0.0, 0.48, 0.16, 0.82]  # of the six classes, as a share of the colour wheel
 
 
 def names(split: str) -> list[str]:
@@ -86,7 +86,7 @@ def _object(rng: np.random.Generator, kind: int) -> tuple[np.ndarray, np.ndarray
 
     outline, (badge_u, badge_v, badge_radius) = _outline(kind, u, v)
     hue = HUES[kind - 1]
-    body_hue = hue + rng.uniform(-0.25, 0.25)
+    body_hue = hue + rng.uniform(-0.12, 0.12)
     shade = 1 - 0.25 * (u + v)[..., None].clip(-1, 1)
     color = shade * _rgb(body_hue, rng.uniform(0.25, 0.55), rng.uniform(0.55, 0.8))
     p, q = (u - badge_u) / badge_radius, (v - badge_v) / badge_radius

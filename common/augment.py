@@ -16,7 +16,7 @@ from common.data import VOID
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
-# The strong view's photometry, on pictures (3, H, W) in [0, 1]: PS-MT's numbers.
+# The photometry of a strong view, on pictures (3, H, W) in [0, 1].
 PHOTOMETRY = v2.Compose(
     [
         v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),

@@ -72,6 +72,7 @@ class DeepLabV3Plus(nn.Module):
         """ASPP's output beside the reduced low-level feature.
 
         images (B, 3, H, W) -> (B, width + 48, H/4, W/4): 304 channels at the paper's width.
+        Raises ValueError for pictures under 32 pixels and for a batch of one in training mode.
         """
         if min(images.shape[-2:]) < 32:
             height, width = images.shape[-2:]
@@ -121,9 +122,8 @@ class ASPP(nn.Module):
 
     def forward(self, high: Tensor) -> Tensor:
         """(B, channels, h, w) -> (B, width, h, w)."""
-        # BatchNorm has no variance over one picture's single pooled value. SyncBatchNorm pools
-        # over the processes, so a batch of one is enough there.
-        if self.training and len(high) == 1 and isinstance(self.pooled[1], nn.BatchNorm2d):
+        # BatchNorm has no variance over one picture's single pooled value.
+        if self.training and len(high) == 1:
             raise ValueError("DeepLabV3Plus trains on batches of two pictures or more, got one")
         pooled = self.pooled(high.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *high.shape[-2:])
         features = [branch(high) for branch in self.branches] + [pooled]

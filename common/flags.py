@@ -61,7 +61,7 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
             options["type"] = kind
         parser.add_argument(flag, default=field.default, **options)
     parser.epilog = "Values in brackets are those of the recipe that --dataset selects."
-    choice = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    choice = _Parser(add_help=False, allow_abbrev=False)
     choice.add_argument("--dataset", default=config.dataset)
     dataset = choice.parse_known_args(argv)[0].dataset
     parser.set_defaults(**recipes.get(dataset, {}))

@@ -168,6 +168,11 @@ class Run:
 
     def _open(self) -> None:
         resumed = self.cfg.resume and (self.folder / "last.pt").is_file()
+        if self.world > 1:
+            seen = [None] * self.world
+            dist.all_gather_object(seen, resumed)
+            if len(set(seen)) > 1:
+                raise InputError(f"{self.folder}: must be on a disk that all machines share")
         if resumed:
             self._load()
         # Lines after the checkpoint belong to steps that will be taken again.
@@ -194,13 +199,15 @@ class Run:
             saved = torch.load(path, map_location=self.device, weights_only=True)
             settings = saved["settings"]
         except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
-            raise InputError(f"{path}: no readable checkpoint ({type(error).__name__})") from error
+            kind = type(error).__name__
+            raise InputError(f"{path}: unreadable ({kind}); delete it to start afresh") from error
         now = self._settings()
         for name in settings | now:
             if settings.get(name) != now.get(name):
+                flag = "--" + name.replace("_", "-") if name != "processes" else name
                 raise InputError(
-                    f"--{name.replace('_', '-')} is {now.get(name)}, but was {settings.get(name)} "
-                    f"in the run in {self.folder}; resume with the flags it was started with"
+                    f"{flag} is {now.get(name)}, but was {settings.get(name)} in the run in "
+                    f"{self.folder}; resume as the run was started"
                 )
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
@@ -224,9 +231,13 @@ class Run:
             yield step
 
     def log(self, step: int, **values: Tensor | float) -> None:
-        """Now and then a line of `log.jsonl`; most calls return without waiting for the device."""
+        """Now and then, and before an evaluation, a line of `log.jsonl`.
+
+        Most calls return without waiting for the device. Raises InputError for a value that is
+        not finite, so that no checkpoint of a run that has diverged is written.
+        """
         every = max(min(50, self.cfg.iters // 20), 1)
-        if (step + 1) % every or self.rank:
+        if self.rank or ((step + 1) % every and not self.due(step)):
             return
         values = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -264,7 +275,7 @@ class Run:
         if self.rank:
             return
         self._write_log(entry)  # first: a log line too many is cut when the run is resumed
-        better = not self.miou <= self.best
+        better = self.miou > self.best
         self.best = self.miou if better else self.best
         checkpoint = dict(
             networks=[network.state_dict() for network in self.networks],
@@ -322,8 +333,12 @@ def _device(name: str) -> torch.device:
         raise InputError(f"--device {name}: no Metal device here; use --device cpu")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        if max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > count:
+            raise InputError(
+                f"--device {name}: there are {count} CUDA devices; start as many processes, and "
+                f"name cuda:0 to cuda:{count - 1}"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device

@@ -260,24 +260,6 @@ def test_ema_follows_its_law_and_leaves_buffers_alone():
     assert (teacher.running_mean == 0).all()
 
 
-def test_unsupervised_loss_of_each_kind():
-    x1, x2, t1, t2 = logits(), logits(), logits(), logits()
-    valid = torch.rand(B, H, W) < 0.6
-    hard1, hard2 = (t.argmax(1).masked_fill(~valid, 255) for t in (t1, t2))
-    expected = {
-        "cps": cps.cps_loss(x1, x2, hard1, hard2),
-        "prob_l2": cps.cross_probability_loss(x1, x2, "l2", valid),
-        "prob_kl": cps.cross_probability_loss(x1, x2, "kl", valid),
-    }
-    for kind, value in expected.items():
-        torch.testing.assert_close(cps.unsupervised_loss(kind, [x1, x2], [t1, t2], valid), value)
-    for kind in ("single", "pseudoseg"):
-        ours = cps.unsupervised_loss(kind, [x1], [t1], valid)
-        torch.testing.assert_close(ours, cross_entropy(x1, hard1))
-    ours = cps.unsupervised_loss("mean_teacher", [x1], [t1], valid, 0.4)
-    torch.testing.assert_close(ours, cps.mean_teacher_loss(x1, t1, valid, 0.4))
-
-
 # --- whole runs ---
 
 TINY = dict(batch_size=2, crop_size=32, width=8, iters=2, eval_every=2, labeled="4")
@@ -303,7 +285,7 @@ RUNS = [
     dict(supervision="mean_teacher"),
     dict(supervision="mean_teacher", cutmix=False),
     dict(supervision="single"),
-    dict(supervision="single", cutmix=False),
+    dict(supervision="single", cutmix=False, pseudo_eval=True),
     dict(supervision="pseudoseg", cutmix=False),
 ]
 
@@ -320,11 +302,36 @@ def test_train_runs_and_moves_the_weights(flags, few, tmp_path):
     assert names == {"config.json", "log.jsonl", "last.pt", "best.pt", "panels.png", "iou.txt"}
 
 
-@pytest.mark.parametrize("supervision", ["prob_l2", "prob_kl", "pseudoseg"])
-def test_cutmix_is_refused_where_it_has_no_form(supervision, tmp_path):
-    with pytest.raises(InputError, match="--no-cutmix"):
-        cps.train(cps.Config(supervision=supervision, output_dir=str(tmp_path / "run")))
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(supervision="prob_l2"), "--no-cutmix"),
+        (dict(supervision="prob_kl"), "--no-cutmix"),
+        (dict(supervision="pseudoseg"), "--no-cutmix"),
+        (dict(supervision="prob_l2", cutmix=False, pseudo_eval=True), "--pseudo-eval"),
+        (dict(supervision="pseudoseg", cutmix=False, labeled_cps="on"), "--labeled-cps"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        cps.train(cps.Config(output_dir=str(tmp_path / "run"), **flags))
     assert not (tmp_path / "run").exists()
+
+
+def test_choices_of_pseudo_labels_change_the_result(few, tmp_path):
+    """Eval mode with and without CutMix, padding that counts, the labelled term."""
+    for name, flags in dict(
+        mixed=(dict(), dict(pseudo_eval=True)),
+        plain=(dict(cutmix=False), dict(cutmix=False, pseudo_eval=True)),
+        padded=(dict(scales=(0.25,)), dict(scales=(0.25,), count_padding=True)),
+        labelled=(dict(), dict(labeled_cps="on")),
+    ).items():
+        weights = []
+        for index, changed in enumerate(flags):
+            folder = str(tmp_path / f"{name}{index}")
+            config = cps.Config(output_dir=folder, **{**TINY, "ramp": 0.0, **changed})
+            weights.append(cps.train(config).model.classifier.weight)
+        assert not torch.equal(*weights), name
 
 
 def test_lambda_0_trains_the_networks_on_the_labels_alone(few, tmp_path):

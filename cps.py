@@ -93,9 +93,7 @@ class Config(RunConfig):
     lam_cutmix: float = 2.0  # λ with CutMix: 1 on VOC, 5 on Cityscapes; 2 here is ours
     lam_mt: float = 100.0  # mean teacher's λ without CutMix, on a mean over pixels and classes
     ramp: float = 0.15  # share of the steps over which λ rises from 0; ours, for random weights
-    labeled_cps: Literal["auto", "on", "off"] = (
-        "auto"  # L_cps on labelled pictures; auto: without CutMix
-    )
+    labeled_cps: Literal["auto", "on", "off"] = "auto"  # L_cps^l too; auto: on without CutMix
     count_padding: bool = False  # give padding pseudo labels too, as the released code does
     pseudo_eval: bool = False  # pseudo labels from eval mode; the released code's are from train
     ema_decay: float = 0.99  # of the mean teacher

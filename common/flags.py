@@ -24,10 +24,10 @@ class RunConfig:
     weights: str = "none"  # none (random), a torchvision name such as IMAGENET1K_V1, or a path
     crop_size: int = 48  # side of a training crop in pixels, a multiple of 8
     batch_size: int = 8  # labelled pictures per process; as many unlabelled ones come with them
-    iters: int = 300  # optimisation steps
+    iters: int = 250  # optimisation steps
     lr: float = 0.06  # initial learning rate, falling to 0 by (1 - step / iters)^0.9
     weight_decay: float = 1e-4  # on weights; BatchNorm and biases have none
-    eval_every: int = 100  # steps between two evaluations, each of which writes last.pt
+    eval_every: int = 125  # steps between two evaluations, each of which writes last.pt
     workers: int = 0  # loader processes per stream and process; 0: load in the main process
     amp: Literal["auto", "none", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, else none
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -42,8 +42,13 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
 
     Fields become flags; the comment behind a field is its help. Raises InputError.
     """
-    parser = _Parser(description=inspect.getmodule(config).__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    about = "\n\n".join(inspect.getmodule(config).__doc__.split("\n\n")[:3])  # up to the idea
+    parser = _Parser(
+        description=about,
+        epilog="Values in brackets are those of the recipe that --dataset selects.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     helps = {}
     for cls in reversed(config.__mro__[:-1]):
         source = inspect.getsource(cls)
@@ -60,7 +65,6 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
         else:
             options["type"] = kind
         parser.add_argument(flag, default=field.default, **options)
-    parser.epilog = "Values in brackets are those of the recipe that --dataset selects."
     choice = _Parser(add_help=False, allow_abbrev=False)
     choice.add_argument("--dataset", default=config.dataset)
     dataset = choice.parse_known_args(argv)[0].dataset
@@ -84,8 +88,8 @@ def check_config(cfg: RunConfig) -> None:
         value, kind = getattr(cfg, field.name), field.type
         if get_origin(kind) is Literal and value not in get_args(kind):
             refuse(field.name, f"one of {', '.join(get_args(kind))}")
-        if kind is str and not isinstance(value, str):
-            refuse(field.name, "a string")
+        if kind in (str, bool) and not isinstance(value, kind):
+            refuse(field.name, "a string" if kind is str else "True or False")
         if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             refuse(field.name, "a whole number, 0 or more")
         if kind is float and not _finite(value):

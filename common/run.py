@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.flags import InputError, RunConfig, check_config, parse_config
+from common.outputs import choose_folder, plain, read_log, replace_file, replace_text
 
 
 class Result(NamedTuple):
@@ -88,7 +88,7 @@ class Run:
         # Before Ampere (8.0) GPUs emulate bf16, which is slower than float32.
         fast = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and fast)
-        self.folder = in_all_processes(lambda: _folder(script, cfg))
+        self.folder = in_all_processes(lambda: choose_folder(script, cfg))
         self.first, self.miou, self.best, self.history = 0, math.nan, -1.0, []
         torch.manual_seed(cfg.seed)
 
@@ -176,7 +176,7 @@ class Run:
         if resumed:
             self._load()
         # Lines after the checkpoint belong to steps that will be taken again.
-        lines = _read_log(self.folder / "log.jsonl") if resumed else []
+        lines = read_log(self.folder / "log.jsonl") if resumed else []
         lines = [line for line in lines if line["step"] <= self.first]
         self.history = [
             {key: line[key] for key in ("step", "miou", "iou")} for line in lines if "miou" in line
@@ -187,9 +187,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not resumed:
                 settings = json.dumps(asdict(self.cfg) | {"processes": self.world}, indent=2)
-                _replace_text(self.folder / "config.json", settings + "\n")
+                replace_text(self.folder / "config.json", settings + "\n")
             log = "".join(json.dumps(line) + "\n" for line in lines)
-            _replace_text(self.folder / "log.jsonl", log)
+            replace_text(self.folder / "log.jsonl", log)
         except OSError as error:
             raise InputError(f"--output-dir {self.folder}: cannot be written ({error})") from error
 
@@ -287,14 +287,14 @@ class Run:
             best=self.best,
         )
         for name in ["best.pt"] * better + ["last.pt"]:
-            _replace(self.folder / name, lambda file: torch.save(_plain(checkpoint), file))
+            replace_file(self.folder / name, lambda file: torch.save(plain(checkpoint), file))
         rows = zip(self.model_facts["classes"], by_class, strict=True)
         text = "".join(
             f"{name}\t{'absent' if value is None else f'{100 * value:.2f}'}\n"
             for name, value in rows
         )
         text += f"mean\t{100 * self.miou:.2f}\n"
-        _replace_text(self.folder / "iou.txt", text)
+        replace_text(self.folder / "iou.txt", text)
         tqdm.write(f"step {done}/{self.cfg.iters}  mIoU {100 * self.miou:.2f}")
 
     def finish(self) -> Result:
@@ -342,69 +342,6 @@ def _device(name: str) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
-
-
-def _folder(script: str, cfg: RunConfig) -> Path:
-    """Where the run goes; an InputError when a folder given by hand holds another run."""
-    if cfg.output_dir:
-        folder = Path(cfg.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--output-dir {folder}: is a file; name a folder")
-        if _holds_run(folder) and not cfg.resume:
-            raise InputError(
-                f"--output-dir {folder}: holds another run; name a new folder, or continue that "
-                "run with --resume"
-            )
-        return folder
-    labeled = re.sub(r"[^\w.]+", "_", Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled)
-    name = f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
-    siblings, number = [Path("runs") / name], 2
-    while _holds_run(siblings[-1]):
-        siblings.append(Path("runs") / f"{name}-{number}")
-        number += 1
-    return siblings[max(len(siblings) - 2, 0)] if cfg.resume else siblings[-1]
-
-
-def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt"))
-
-
-def _read_log(path: Path) -> list[dict]:
-    """The whole lines of a log; a killed run may have left the last one unfinished."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file under a temporary name and rename it, so that no half-written one remains."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    _replace(path, lambda file: file.write(text.encode()))
-
-
-def _plain(value: Any) -> Any:
-    """Nested state as plain dicts and lists whose equal strings are one object.
-
-    Pickle writes an object that it meets again as a reference. Without this, a file's bytes would
-    depend on whether the run was resumed.
-    """
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return sys.intern(value) if isinstance(value, str) else value
 
 
 def _mix(*numbers: int) -> int:

@@ -1,9 +1,11 @@
 """CPS's equations against per-pixel loops in float64, gradients, limits, and short runs."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+import trees
 from torch import nn
 
 import cps
@@ -360,6 +362,24 @@ def test_the_two_networks_start_apart(few, tmp_path):
     cps.train(cps.Config(output_dir=str(tmp_path / "run"), **TINY))
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["networks"]
     assert not torch.allclose(state["0.classifier.weight"], state["1.classifier.weight"], atol=1e-2)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "voc", "cityscapes"])
+def test_recipes_train_on_tiny_trees(dataset, tmp_path):
+    """Two steps of each real layout's recipe, with loader processes, at a size for tests."""
+    trees_by_name = dict(
+        folder=trees.folder_tree,
+        voc=partial(trees.voc_tree, aug=True),
+        cityscapes=trees.cityscapes_tree,
+    )
+    root = trees_by_name[dataset](tmp_path / "data")
+    small = {**TINY, "backbone": "resnet18", "weights": "none", "labeled": "1/2", "workers": 1}
+    window = {"eval_window": 32} if dataset == "cityscapes" else {}
+    flags = cps.RECIPES[dataset] | small | window
+    config = cps.Config(data_path=str(root), output_dir=str(tmp_path / "run"), **flags)
+    result = cps.train(config)
+    classes = dict(folder=3, voc=21, cityscapes=19)[dataset]
+    assert math.isfinite(result.miou) and len(result.history[-1]["iou"]) == classes
 
 
 def test_recipes_are_the_papers():

@@ -97,6 +97,7 @@ def test_help_has_every_flag_with_the_recipes_value(capsys):
         (["--dataset", "imagenet"], "--dataset"),
         (["--backbone", "vgg"], "--backbone"),
         (["--lr"], "--lr"),
+        (["--dataset"], "--dataset"),
         (["--iter", "5"], "--iter"),
     ],
 )
@@ -140,6 +141,7 @@ def test_a_flag_that_cannot_be_read_is_refused(argv, said):
         dict(eval_window=-5),
         dict(eval_window=16),
         dict(data_path=7),
+        dict(cutmix="no"),
     ],
     ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()),
 )

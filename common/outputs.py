@@ -1,0 +1,74 @@
+"""A run's folder: which one it is, and files in it that are whole or not there."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.flags import InputError, RunConfig
+
+
+def choose_folder(script: str, cfg: RunConfig) -> Path:
+    """Where the run goes; an InputError when a folder given by hand holds another run."""
+    if cfg.output_dir:
+        folder = Path(cfg.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--output-dir {folder}: is a file; name a folder")
+        if holds_run(folder) and not cfg.resume:
+            raise InputError(
+                f"--output-dir {folder}: holds another run; name a new folder, or continue that "
+                "run with --resume"
+            )
+        return folder
+    labeled = re.sub(r"[^\w.]+", "_", Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled)
+    name = f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
+    siblings, number = [Path("runs") / name], 2
+    while holds_run(siblings[-1]):
+        siblings.append(Path("runs") / f"{name}-{number}")
+        number += 1
+    return siblings[max(len(siblings) - 2, 0)] if cfg.resume else siblings[-1]
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt"))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The whole lines of a log; a killed run may have left the last one unfinished."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def replace_file(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file under a temporary name and rename it, so that no half-written one remains."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def plain(value: Any) -> Any:
+    """Nested state as plain dicts and lists whose equal strings are one object.
+
+    Pickle writes an object that it meets again as a reference. Without this, a file's bytes would
+    depend on whether the run was resumed.
+    """
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return sys.intern(value) if isinstance(value, str) else value

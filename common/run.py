@@ -1,5 +1,6 @@
 """What surrounds a training loop: device, processes, the run's folder, log and checkpoints."""
 
+import inspect
 import json
 import math
 import os
@@ -126,8 +127,11 @@ class Run:
             return network
         if self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        # Two forwards before one backward forbid broadcasting the buffers in between.
-        return DistributedDataParallel(network, broadcast_buffers=False)
+        # Two forwards before one backward forbid broadcasting the buffers in between. Newer
+        # PyTorch has another name for the flag, and warns at the old one.
+        accepted = inspect.signature(DistributedDataParallel).parameters
+        new, old = "forward_sync_buffers", "broadcast_buffers"
+        return DistributedDataParallel(network, **{new if new in accepted else old: False})
 
     def to_device(self, batch: list[Tensor]) -> list[Tensor]:
         """A loader's batch on the device, pictures (B, 3, H, W) in channels-last memory."""

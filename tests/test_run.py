@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trees
 
 import cps
 from common import shapes
@@ -19,7 +20,7 @@ from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
 from common.flags import parse_config
 from common.metrics import evaluate
-from common.run import InputError, Run
+from common.run import InputError, Run, main
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(batch_size=2, crop_size=32, width=8, iters=8, eval_every=2, labeled="4")
@@ -307,6 +308,22 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path):
         assert process.returncode == 2 and err.count("\n") == 1 and "Traceback" not in err
         assert flags[-1].split("=")[0] in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_breaks_midway_is_named(workers, tmp_path, monkeypatch, capsys):
+    """Unlabelled pictures are first decoded when drawn; a loader process hands its error over."""
+    root = trees.folder_tree(tmp_path / "data")
+    for path in sorted((root / "images" / "train").glob("*"))[1:]:
+        path.write_bytes(path.read_bytes()[:300])
+    flags = "--dataset folder --labeled 1/6 --weights none --backbone resnet18 --iters 2"
+    flags += " --batch-size 2 --crop-size 32 --width 8"
+    where = ["--data-path", str(root), "--output-dir", str(tmp_path / "run"), "--workers", workers]
+    monkeypatch.setattr(sys, "argv", ["cps.py", *flags.split(), *where])
+    with pytest.raises(SystemExit) as end:
+        main(cps.train, cps.Config, cps.RECIPES)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(f"cps.py: {root}") and said.count("\n") == 1
 
 
 def test_import_has_no_side_effects():

@@ -322,7 +322,7 @@ def train(cfg: Config) -> Result:
     modules = nn.ModuleList(dict.fromkeys(networks + teachers))
     optimizer, schedule = sgd_poly(networks, cfg.lr, cfg.weight_decay, cfg.iters)
     state = dict(networks=modules, optimizer=optimizer, schedule=schedule)
-    run.start(networks[:1], data.classes, data.colors, state)
+    run.start(networks[:1], data, state)
 
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
     batches_l = iter(training_loader(data, "labeled", view, **run.drawing))
@@ -359,7 +359,7 @@ def train(cfg: Config) -> Result:
                 images_u, _, valid, *strong_u = run.to_device(next(batches_u))
                 teaching = predict(teachers, images_u, cfg.pseudo_eval) if own_pass else []
                 if cfg.cutmix:
-                    masks = cutmix_masks(len(images_u), *images_u.shape[2:]).to(run.device)
+                    masks = cutmix_masks(*valid.shape, device=run.device)
                     images_u, valid = mix(images_u, masks), mix(valid, masks)
                     teaching = [mix(teach, masks) for teach in teaching]
                 logits = [network(*strong_u or [images_u]) for network in trained]

@@ -106,20 +106,24 @@ def cutmix_masks(
     boxes: int = 3,
     area: tuple[float, float] = (0.25, 0.5),
     generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """CutMix masks (B, 1, H, W) bool, True where the partner picture shows.
 
     Each mask has `boxes` rectangles that lie fully inside; where two overlap they cancel. As
     shares of the sides, a rectangle is a^e / sqrt(boxes) high and a^(1-e) / sqrt(boxes) wide, with
     a uniform in `area` and e uniform in [0, 1]: the generator of CutMix-Seg (French et al., BMVC
-    2020), which CPS uses. Drawn on the CPU, from `generator` or torch's own.
+    2020), which CPS uses. Drawn on the CPU, from `generator` or torch's own, painted on `device`.
     """
-    uniform = torch.rand(4, batch, boxes, 1, 1, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(4, batch, boxes, 1, generator=generator, dtype=torch.float64)
     share = area[0] + (area[1] - area[0]) * uniform[0]
     high = (share ** uniform[1] / boxes**0.5 * height).round()
     wide = (share ** (1 - uniform[1]) / boxes**0.5 * width).round()
     top = ((height - high) * uniform[2]).round()
     left = ((width - wide) * uniform[3]).round()
-    rows, columns = torch.arange(height)[:, None], torch.arange(width)
-    inside = (rows >= top) & (rows < top + high) & (columns >= left) & (columns < left + wide)
-    return inside.sum(dim=1, keepdim=True) % 2 == 1
+    corners = torch.stack([top, top + high, left, left + wide]).to(device, torch.float32)
+    top, bottom, left, right = corners  # (B, boxes, 1) each
+    rows, columns = (torch.arange(size, device=device) for size in (height, width))
+    down = ((rows >= top) & (rows < bottom)).float()  # (B, boxes, H)
+    across = ((columns >= left) & (columns < right)).float()  # (B, boxes, W)
+    return (down.mT @ across)[:, None] % 2 == 1  # the number of boxes over a pixel, odd or even

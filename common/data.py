@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from common.flags import InputError, LoneError
 from common.layouts import (
     BAD,
     DRAWN,
@@ -30,7 +31,7 @@ from common.layouts import (
     read_lines,
     read_mask,
 )
-from common.run import InputError, in_all_processes
+from common.run import in_all_processes
 
 
 @dataclass
@@ -80,6 +81,8 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
         if val[name][1] is None:
             raise InputError(f"{val[name][0]}: validation picture without a mask; add the mask")
     chosen = _choose_labeled(labeled, train, root, seed)
+    for image, _ in sorted(set(chosen) & set(val.values())):
+        raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
     return Data(
         classes=classes,
         colors=colors,
@@ -148,10 +151,10 @@ def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list
 
     Paths are relative to the root; a picture alone has the mask that the dataset has for it.
     """
-    known, pairs = {image: (image, mask) for image, mask in train.values()}, set()
+    known, pairs = dict(train.values()), {}  # masks by picture
     for line in read_lines(Path(path)):
         if line in train:
-            pairs.add(train[line])
+            pairs.update([train[line]])
             continue
         # A name may hold spaces: they part picture and mask only where the line is no picture.
         whole = root / line.lstrip("/")
@@ -165,10 +168,12 @@ def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list
                 + (f"{missing[0]} does not exist" if missing else "not one or two paths")
             )
         image = str(files[0])
-        pairs.add((image, str(files[1])) if len(files) == 2 else known.get(image, (image, None)))
+        mask = str(files[1]) if len(files) == 2 else known.get(image)
+        if pairs.setdefault(image, mask) != mask:
+            raise InputError(f"{flag} {path}: gives {image} two masks, {pairs[image]} and {mask}")
     if not pairs:
         raise InputError(f"{flag} {path}: lists no picture")
-    return sorted(pairs, key=lambda pair: pair[0])
+    return sorted(pairs.items())
 
 
 # --- the check ---
@@ -241,10 +246,14 @@ class Draws(Dataset):
         if self.order[0] != epoch:
             rng = np.random.default_rng([*self.seed, 0, epoch])
             self.order = epoch, rng.permutation(len(self.pairs))
-        image, label = _read(self.pairs[self.order[1][position]], self.lookup)
+        try:
+            image, label = _read(self.pairs[self.order[1][position]], self.lookup)
+        except InputError as error:
+            raise LoneError(error) from error
         seed = np.random.SeedSequence([*self.seed, 1, draw]).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed))
+            # Not torch.manual_seed, which would seed the GPUs as well.
+            torch.default_generator.manual_seed(int(seed))
             return self.view(image, label)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from common.run import InputError
+from common.flags import InputError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 

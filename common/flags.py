@@ -12,6 +12,10 @@ class InputError(ValueError):
     """The user's input is at fault; the message is one line that says what to change."""
 
 
+class LoneError(InputError):
+    """An InputError that one process of several may meet alone, and therefore has to print."""
+
+
 @dataclass
 class RunConfig:
     """The flags that every script has; the values are those of the embedded dataset."""
@@ -94,11 +98,15 @@ def check_config(cfg: RunConfig) -> None:
             refuse(field.name, "a whole number, 0 or more")
         if kind is float and not _finite(value):
             refuse(field.name, "a finite number, 0 or more")
-        if get_origin(kind) is tuple and not (value and all(_finite(v) and v for v in value)):
+        if get_origin(kind) is tuple and not (
+            isinstance(value, tuple | list) and value and all(_finite(v) and v for v in value)
+        ):
             refuse(field.name, "one or more positive numbers")
     for name in ("iters", "eval_every", "lr"):
         if not getattr(cfg, name):
             refuse(name, "positive")
+    if cfg.seed >= 2**32:
+        refuse("seed", "below 2^32")
     if cfg.batch_size < 2:
         refuse("batch_size", "2 or more: BatchNorm and CutMix need two pictures")
     if cfg.crop_size < 32 or cfg.crop_size % 8:

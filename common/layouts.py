@@ -54,12 +54,12 @@ class Layout(NamedTuple):
     lookup: np.ndarray
 
 
-def shapes_layout(root: Path) -> Layout:
+def shapes_layout(_: Path) -> Layout:
     train, val = (
         {name: (DRAWN + name, DRAWN + name) for name in shapes.names(split)}
         for split in ("train", "val")
     )
-    return Layout(root, shapes.CLASSES, shapes.COLORS, train, val, _lookup(len(shapes.CLASSES)))
+    return Layout(Path(), shapes.CLASSES, shapes.COLORS, train, val, _lookup(len(shapes.CLASSES)))
 
 
 def folder_layout(root: Path) -> Layout:
@@ -180,9 +180,10 @@ def read_image(path: str) -> np.ndarray:
     image = _open(path, "picture")
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
         raise InputError(f"{path}: has Pillow mode {image.mode}; convert it to 8-bit RGB")
+    # By hand, for ImageOps.exif_transpose also writes the EXIF data back, and damaged ones fail.
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # damaged EXIF, for which Pillow raises what its parser met
+    except Exception:  # whatever Pillow's parser met
         orientation = None
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])

@@ -1,6 +1,7 @@
 """Mean intersection over union, counted in integers on the device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
 
 def iou(confusion: Tensor) -> Tensor:
     """Intersection over union by class, (K,) float64; NaN for a class that never occurs."""
-    counts = confusion.double()
+    counts = confusion.cpu().double()  # Metal has no float64
     hits = counts.diagonal()
     return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
 
@@ -45,21 +46,28 @@ def evaluate(
     logits are summed. Each process gives its own share of the pictures; all get the sum. The
     model is in eval mode meanwhile, and each of its modules in its former mode afterwards.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     counts = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=device)
-    try:
+    with evaluating(model):
         for images, labels in loader:
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             logits = model(images) if window is None else slide(model, images, *window)
             counts += _count(logits.argmax(dim=1), labels, num_classes)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if dist.is_initialized():
         dist.all_reduce(counts)
     return _checked(counts, num_classes)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; then each module is back in its own former mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Tensor:

@@ -25,11 +25,14 @@ def choose_folder(script: str, cfg: RunConfig) -> Path:
         return folder
     labeled = re.sub(r"[^\w.]+", "_", Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled)
     name = f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
-    siblings, number = [Path("runs") / name], 2
-    while holds_run(siblings[-1]):
-        siblings.append(Path("runs") / f"{name}-{number}")
-        number += 1
-    return siblings[max(len(siblings) - 2, 0)] if cfg.resume else siblings[-1]
+    taken = {
+        int(match[1] or 1)
+        for folder in Path("runs").glob(f"{name}*")
+        if (match := re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name))
+        and holds_run(folder)
+    }
+    number = max(taken, default=0) + (not (cfg.resume and taken))
+    return Path("runs") / (name if number == 1 else f"{name}-{number}")
 
 
 def holds_run(folder: Path) -> bool:

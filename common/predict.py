@@ -9,6 +9,8 @@ from torch import nn
 
 from common.augment import whole_view
 from common.data import Data, Pictures, read_image
+from common.metrics import evaluating
+from common.outputs import replace_file
 
 CELL, GAP, LINE = 224, 8, 22  # pixels: width of a picture, space between two, height of a text line
 
@@ -24,17 +26,17 @@ def panels(
     """
     chosen = sorted({round(i) for i in np.linspace(0, len(data.val) - 1, rows)})
     pictures = Pictures([data.val[i] for i in chosen], data.lookup, whole_view)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     strips = []
     for (image_path, _), (image, label) in zip(pictures.pairs, pictures, strict=True):
-        prediction = model(image[None].to(device)).argmax(dim=1)[0].byte().cpu().numpy()
+        with evaluating(model):
+            logits = model(image[None].to(device))
+        prediction = logits.argmax(dim=1)[0].byte().cpu().numpy()
         cells = (
             read_image(image_path),
             colorize(label.byte().numpy(), data.colors),
             colorize(prediction, data.colors),
         )
-        height = round(CELL * image.shape[1] / image.shape[2])
+        height = max(round(CELL * image.shape[1] / image.shape[2]), 1)
         filters = (Image.Resampling.BICUBIC, Image.Resampling.NEAREST, Image.Resampling.NEAREST)
         strips.append(
             [
@@ -42,9 +44,6 @@ def panels(
                 for c, f in zip(cells, filters, strict=True)
             ]
         )
-    for module, mode in modes:
-        module.training = mode
-
     width = 3 * CELL + 4 * GAP
     font = ImageFont.load_default(14)
     legend = _legend(data.classes, width, font)
@@ -64,9 +63,7 @@ def panels(
         y = top + line * LINE
         draw.rectangle((left, y + 3, left + 13, y + 16), fill=tuple(color), outline="black")
         draw.text((left + 19, y + 1), name, "black", font)
-    temporary = path.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    temporary.replace(path)
+    replace_file(path, lambda file: sheet.save(file, "PNG"))
 
 
 def colorize(labels: np.ndarray, colors: list[tuple[int, int, int]]) -> np.ndarray:

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.flags import InputError, RunConfig, check_config, parse_config
+from common.deeplab import Ensemble
+from common.flags import InputError, LoneError, RunConfig, check_config, parse_config
 from common.outputs import choose_folder, plain, read_log, replace_file, replace_text
 
 
 class Result(NamedTuple):
-    """What `train` returns: the evaluated network, its last mIoU in [0, 1], all evaluations."""
+    """What `train` returns: the evaluated model, its last mIoU in [0, 1], all evaluations."""
 
     model: nn.Module
     miou: float
@@ -34,12 +36,14 @@ class Result(NamedTuple):
 def main(train: Callable[[RunConfig], Result], config: type[RunConfig], recipes: dict) -> None:
     """A script's guard: run `train` with the command line; an InputError ends it with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console may know neither λ nor a class's name
     try:
         train(parse_config(config, recipes, sys.argv[1:]))
     except InputError as error:
         # A loader process hands its error over inside a traceback's text: keep the message.
-        message = str(error).strip().split("InputError: ")[-1]
-        if rank == 0:
+        message = re.split(r"\w+Error: ", str(error).strip())[-1]
+        if rank == 0 or isinstance(error, LoneError):
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -145,28 +149,34 @@ class Run:
         ]
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 for what can bear it, or nothing, as --amp says."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        """bf16 for what can bear it, or nothing, as --amp says.
+
+        Without the cache of cast weights: one made in a pass without gradients would serve the
+        next pass, and in PyTorch 2.6 keep the gradients from the weights.
+        """
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
+        )
 
     def start(
         self,
         networks: list[nn.Module],
-        classes: list[str],
-        colors: list[tuple[int, int, int]],
+        data: Any,
         state: dict[str, Any],
     ) -> None:
         """Open the output folder, or load its `last.pt` when the run is resumed.
 
-        networks: the DeepLabV3Plus whose mean logits are the model. state: by name, everything
-        with a state_dict that the next step depends on. Randomness needs no place in it: each
-        step seeds its own.
+        networks: the DeepLabV3Plus whose mean logits are the model. data: a common.data.Data.
+        state: by name, everything with a state_dict that the next step depends on, equal in all
+        processes. Randomness needs no place in it: each step seeds its own.
         """
         self.networks, self.state = networks, state
         self.model_facts = dict(
             arguments=[network.arguments for network in networks],
-            classes=list(classes),
-            colors=[list(color) for color in colors],
+            classes=list(data.classes),
+            colors=[list(color) for color in data.colors],
         )
+        self.pictures = " ".join(data.summary().split())
         self.started = time.time()
         in_all_processes(self._open)
 
@@ -190,10 +200,14 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not resumed:
+                if not self.cfg.resume:  # two runs that start at once must not share a folder
+                    (self.folder / "config.json").open("x").close()
                 settings = json.dumps(asdict(self.cfg) | {"processes": self.world}, indent=2)
                 replace_text(self.folder / "config.json", settings + "\n")
             log = "".join(json.dumps(line) + "\n" for line in lines)
             replace_text(self.folder / "log.jsonl", log)
+        except FileExistsError as error:
+            raise InputError(f"--output-dir {self.folder}: another run just took it") from error
         except OSError as error:
             raise InputError(f"--output-dir {self.folder}: cannot be written ({error})") from error
 
@@ -208,21 +222,21 @@ class Run:
         now = self._settings()
         for name in settings | now:
             if settings.get(name) != now.get(name):
-                flag = "--" + name.replace("_", "-") if name != "processes" else name
+                flag = name if name in ("processes", "pictures") else f"--{name.replace('_', '-')}"
                 raise InputError(
-                    f"{flag} is {now.get(name)}, but was {settings.get(name)} in the run in "
-                    f"{self.folder}; resume as the run was started"
+                    f"{self.folder}: was started with {flag} {settings.get(name)}, now it is "
+                    f"{now.get(name)}; resume as the run was started"
                 )
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
         self.first, self.miou, self.best = saved["step"], saved["miou"], saved["best"]
 
     def _settings(self) -> dict:
-        """What a resumed run must share: all flags but those that cannot change the result."""
+        """What a resumed run must share: its data, and all flags but those it may change."""
         free = ("output_dir", "resume", "data_path", "workers", "device")
         settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        return settings | {"processes": self.world}
+        return settings | {"processes": self.world, "pictures": self.pictures}
 
     def loop(self) -> Iterator[int]:
         """The steps left, with a bar on a terminal; each seeds torch by seed, step and process."""
@@ -238,7 +252,7 @@ class Run:
         """Now and then, and before an evaluation, a line of `log.jsonl`.
 
         Most calls return without waiting for the device. Raises InputError for a value that is
-        not finite, so that no checkpoint of a run that has diverged is written.
+        not finite.
         """
         every = max(min(50, self.cfg.iters // 20), 1)
         if self.rank or ((step + 1) % every and not self.due(step)):
@@ -246,10 +260,7 @@ class Run:
         values = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise InputError(
-                f"{bad[0]} is {values[bad[0]]} at step {step + 1}: training diverged; lower --lr "
-                f"(what was saved is in {self.folder})"
-            )
+            self._diverged(f"{bad[0]} is {values[bad[0]]}", step)
         self._write_log({"step": step + 1, **values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.set_postfix_str(shown)
@@ -262,16 +273,21 @@ class Run:
 
     def average_buffers(self, networks: nn.Module) -> None:
         """One set of BatchNorm statistics for all processes, where they kept their own."""
-        for buffer in networks.buffers() if self.world > 1 else ():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world
+        for module in networks.modules() if self.world > 1 else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for statistic in (module.running_mean, module.running_var):
+                    dist.all_reduce(statistic)
+                    statistic /= self.world
 
     def record(self, step: int, ious: Tensor) -> None:
         """Log an evaluation after `step`, and write `last.pt`, `iou.txt`, and a better `best.pt`.
 
-        ious (K,): IoU by class in [0, 1], NaN for a class that does not occur.
+        ious (K,): IoU by class in [0, 1], NaN for a class that does not occur. Raises InputError
+        when weights are not finite: no checkpoint is written then.
         """
+        weights = (weight for network in self.networks for weight in network.parameters())
+        if not all(weight.isfinite().all() for weight in weights):
+            self._diverged("a weight is not finite", step)
         self.miou, done = ious.nanmean().item(), step + 1
         by_class = [None if math.isnan(value) else value for value in ious.tolist()]
         entry = {"step": done, "miou": self.miou, "iou": by_class}
@@ -290,8 +306,6 @@ class Run:
             miou=self.miou,
             best=self.best,
         )
-        for name in ["best.pt"] * better + ["last.pt"]:
-            replace_file(self.folder / name, lambda file: torch.save(plain(checkpoint), file))
         rows = zip(self.model_facts["classes"], by_class, strict=True)
         text = "".join(
             f"{name}\t{'absent' if value is None else f'{100 * value:.2f}'}\n"
@@ -299,7 +313,15 @@ class Run:
         )
         text += f"mean\t{100 * self.miou:.2f}\n"
         replace_text(self.folder / "iou.txt", text)
+        for name in ["best.pt"] * better + ["last.pt"]:
+            replace_file(self.folder / name, lambda file: torch.save(plain(checkpoint), file))
         tqdm.write(f"step {done}/{self.cfg.iters}  mIoU {100 * self.miou:.2f}")
+
+    def _diverged(self, what: str, step: int) -> None:
+        raise LoneError(
+            f"{what} at step {step + 1}: training diverged; lower --lr (what was saved before is "
+            f"in {self.folder})"
+        )
 
     def finish(self) -> Result:
         """Print the last and the best mIoU, time and memory; the model is in eval mode."""
@@ -311,7 +333,8 @@ class Run:
                 f"mIoU {100 * self.miou:.2f} at the last step (best on validation "
                 f"{100 * self.best:.2f}), {time.time() - self.started:.0f} s{memory}: {self.folder}"
             )
-        return Result(self.networks[0].eval(), self.miou, self.history)
+        model = self.networks[0] if len(self.networks) == 1 else Ensemble(self.networks)
+        return Result(model.eval(), self.miou, self.history)
 
     def print(self, text: str) -> None:
         """Print in the first process alone."""
@@ -331,18 +354,21 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"--device {name}: no Metal device here; use --device cpu")
     if device.type == "cuda":
+        count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        count = torch.cuda.device_count()
-        if max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > count:
-            raise InputError(
-                f"--device {name}: there are {count} CUDA devices; start as many processes, and "
-                f"name cuda:0 to cuda:{count - 1}"
-            )
+        if processes > count:
+            raise InputError(f"--device {name}: start at most {count} processes, one a GPU")
+        if processes > 1 and device.index is not None:
+            raise InputError(f"--device {name}: every process takes a GPU of its own; use cuda")
+        if index >= count:
+            raise InputError(f"--device {name}: the GPUs are cuda:0 to cuda:{count - 1}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device

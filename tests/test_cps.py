@@ -282,6 +282,7 @@ RUNS = [
     dict(cutmix=False, labeled_cps="off", ohem=True, eval_window=48),
     dict(pseudo_eval=True, count_padding=True, scales=(0.5,)),
     dict(supervised_only=True),
+    dict(amp="bf16"),
     dict(supervision="prob_l2", cutmix=False),
     dict(supervision="prob_kl", cutmix=False),
     dict(supervision="mean_teacher"),
@@ -327,6 +328,7 @@ def test_choices_of_pseudo_labels_change_the_result(few, tmp_path):
         plain=(dict(cutmix=False), dict(cutmix=False, pseudo_eval=True)),
         padded=(dict(scales=(0.25,)), dict(scales=(0.25,), count_padding=True)),
         labelled=(dict(), dict(labeled_cps="on")),
+        precision=(dict(), dict(amp="bf16")),
     ).items():
         weights = []
         for index, changed in enumerate(flags):

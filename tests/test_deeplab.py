@@ -1,7 +1,10 @@
 """DeepLabv3+: architecture, cut points, weights."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -75,6 +78,51 @@ def test_perturb_is_added_to_the_encoding():
     expected = net.classify(net.decode(net.encode(images) + noise), (32, 32))
     torch.testing.assert_close(net(images, perturb), expected)
     torch.testing.assert_close(seen[0], net.encode(images))
+
+
+def test_aspp_has_its_rates_and_pools_the_mean():
+    net = DeepLabV3Plus(3, "resnet18", width=8).eval()
+    dilations = [branch[0].dilation[0] for branch in net.aspp.branches]
+    assert dilations == [1, 6, 12, 18]
+    seen, high = [], torch.randn(2, 512, 4, 5)
+    net.aspp.pooled.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net.aspp(high)
+    torch.testing.assert_close(seen[0], high.mean((2, 3), keepdim=True))
+
+
+def test_resizing_does_not_align_corners():
+    net = DeepLabV3Plus(3, "resnet18", width=8).eval()
+    images, seen = torch.randn(1, 3, 64, 64), []
+    net.aspp.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    encoded = net.encode(images)
+    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(encoded[:, :8], resize(seen[0], (16, 16)))
+    decoded = net.decode(encoded)
+    torch.testing.assert_close(
+        net.classify(decoded, (64, 64)), resize(net.classify(decoded), (64, 64))
+    )
+
+
+def test_the_low_level_feature_trains_the_stem():
+    net = DeepLabV3Plus(3, "resnet18", width=8)
+    net.encode(torch.randn(2, 3, 32, 32))[:, 8:].sum().backward()
+    assert net.backbone.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_dropout_is_applied_in_its_place(place):
+    """At rate 1 nothing passes: ASPP's output, the decoder's middle, the classifier's input."""
+    rates = [float(place == k) for k in range(3)]
+    net = DeepLabV3Plus(3, "resnet18", None, 8, *rates)
+    middle = []
+    net.decoder[2].register_forward_pre_hook(lambda module, inputs: middle.append(inputs[0]))
+    encoded = net.encode(torch.randn(2, 3, 32, 32))
+    decoded = net.decode(encoded)
+    logits = net.classify(decoded)
+    bias = net.classifier.bias[None, :, None, None].expand_as(logits)
+    dropped = [(encoded[:, :8] == 0).all(), (middle[0] == 0).all(), torch.equal(logits, bias)]
+    # Behind zeros BatchNorm gives its bias, 0: the classifier's is left at the second place too.
+    assert dropped == [place == 0, place == 1, place > 0]
 
 
 def test_dropout_is_off_by_default_and_where_it_is_asked_for():

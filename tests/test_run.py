@@ -20,7 +20,8 @@ from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
 from common.flags import parse_config
 from common.metrics import evaluate
-from common.run import InputError, Run, main
+from common.outputs import replace_file, replace_text
+from common.run import InputError, Run, in_all_processes, main
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(batch_size=2, crop_size=32, width=8, iters=8, eval_every=2, labeled="4")
@@ -143,6 +144,9 @@ def test_a_flag_that_cannot_be_read_is_refused(argv, said):
         dict(eval_window=16),
         dict(data_path=7),
         dict(cutmix="no"),
+        dict(scales=1.0),
+        dict(seed=2**64),
+        dict(device="meta"),
     ],
     ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()),
 )
@@ -164,7 +168,10 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
 def test_default_folders_are_numbered_and_resume_takes_the_newest(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = Path("runs/cps-shapes-1_20-s3")
-    folder = lambda **flags: Run("cps", cps.Config(seed=3, **flags)).folder  # noqa: E731
+
+    def folder(**flags):
+        return Run("cps", cps.Config(**{"seed": 3, "labeled": "1/20", **flags})).folder
+
     assert folder() == folder(resume=True) == name
     for suffix in ("", "-2", "-3"):
         assert folder() == Path(f"{name}{suffix}")
@@ -173,6 +180,8 @@ def test_default_folders_are_numbered_and_resume_takes_the_newest(few, tmp_path,
         assert folder(resume=True) == Path(f"{name}{suffix}")
     assert folder(supervised_only=True) == Path(f"{name}-sup")
     assert folder(labeled="lists/mine.txt") == Path("runs/cps-shapes-mine-s3")
+    (name / "config.json").unlink()  # a gap in the numbers is not filled
+    assert folder() == Path(f"{name}-4") and folder(resume=True) == Path(f"{name}-3")
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(few, tmp_path):
@@ -225,6 +234,11 @@ def test_resume_refuses_other_flags_and_broken_checkpoints(few, tmp_path):
     for changed in (dict(lr=0.5), dict(iters=9), dict(seed=1), dict(cutmix=False), dict(width=16)):
         said = refusal(**{**run, **changed}, resume=True)
         assert f"--{next(iter(changed)).replace('_', '-')}" in said
+    shapes.CLASSES[1], fish = "trout", shapes.CLASSES[1]
+    try:
+        assert "trout" in refusal(**run, resume=True)
+    finally:
+        shapes.CLASSES[1] = fish
     (tmp_path / "last.pt").write_bytes(b"rubbish")
     assert "last.pt" in refusal(**run, resume=True)
 
@@ -232,7 +246,7 @@ def test_resume_refuses_other_flags_and_broken_checkpoints(few, tmp_path):
 def test_resuming_a_finished_run_gives_its_result(few, tmp_path):
     run = {**TINY, "iters": 2, "output_dir": str(tmp_path)}
     first = cps.train(cps.Config(**run))
-    again = cps.train(cps.Config(**run, resume=True))
+    again = cps.train(cps.Config(**run, resume=True, workers=1, device="cpu", data_path="x"))
     assert again.miou == first.miou and again.history == first.history
     for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -269,7 +283,74 @@ def test_killed_at_three_steps_and_resumed_the_checkpoint_is_bit_equal(tmp_path)
     assert logs[0] == logs[1]
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    replace_text(path, "old")
+
+    def broken(file):
+        file.write(b"ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, broken)
+    assert path.read_text() == "old"
+    replace_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_weights_that_are_not_finite_are_not_saved(few, tmp_path):
+    run = Run("cps", cps.Config(output_dir=str(tmp_path)))
+    network = DeepLabV3Plus(7, "resnet18", width=8)
+    run.start([network], load("shapes", "", "4", "", 0), state={})
+    run.record(0, torch.ones(7))
+    kept = (tmp_path / "last.pt").read_bytes()
+    network.classifier.bias.data[0] = math.nan
+    with pytest.raises(InputError, match="diverged"):
+        run.record(1, torch.ones(7))
+    assert (tmp_path / "last.pt").read_bytes() == kept
+
+
+def test_two_runs_that_start_at_once_do_not_share_a_folder(few, tmp_path):
+    first, second = (Run("cps", cps.Config(output_dir=str(tmp_path))) for _ in range(2))
+    start = [DeepLabV3Plus(7, "resnet18", width=8)], load("shapes", "", "4", "", 0), {}
+    first.start(*start)
+    with pytest.raises(InputError, match="another run"):
+        second.start(*start)
+
+
 # --- several processes ---
+
+
+def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
+    def gather(errors, own):
+        assert own is None
+        errors[:] = [own, "a file: is broken"]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(InputError, match="a file: is broken"):
+        in_all_processes(lambda: None)
+
+
+def test_statistics_are_averaged_and_nothing_else(few, tmp_path, monkeypatch):
+    run = Run("cps", cps.Config(output_dir=str(tmp_path)))
+    run.world = 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(4))  # of 1 and 5, say
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    network.register_buffer("bank", torch.ones(2))
+    network[0].running_mean.fill_(2)
+    run.average_buffers(network)
+    assert network[0].running_mean.tolist() == [3, 3] and network.bank.tolist() == [1, 1]
+
+
+def test_each_step_and_process_has_its_own_seed(few, tmp_path):
+    run = Run("cps", cps.Config(output_dir=str(tmp_path)))
+    seeds = []
+    for run.rank in (0, 1, 0):
+        loop = run.loop()
+        seeds.append([(next(loop), torch.initial_seed())[1] for _ in range(3)])
+    assert seeds[0] == seeds[2] and len(set(seeds[0] + seeds[1])) == 6
 
 
 def test_two_processes_train_one_model_and_count_every_picture_once(tmp_path, monkeypatch):

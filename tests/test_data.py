@@ -355,7 +355,7 @@ BROKEN = {  # what is done to the tree; the file that the message names; words i
         "images/val/001.jpg",
         ["not a readable picture"],
     ),
-    "picture of 16 bits": (deep_picture, "images/train/000.png", ["I;16", "8-bit"]),
+    "picture of 16 bits": (deep_picture, "images/train/000.png", ["mode I", "8-bit"]),
     "mask is text": (lambda r: (r / MASK).write_text("hello"), MASK, ["not a readable mask"]),
     "mask cut short": (lambda r: cut(r / MASK), MASK, ["not a readable mask"]),
     "mask value": (bad_value, MASK, ["values 0, 2, 7, 255;", "0 to 2", "255", "3 classes"]),
@@ -366,7 +366,7 @@ BROKEN = {  # what is done to the tree; the file that the message names; words i
     ),
     "mask RGB": (lambda r: recoloured(r, "RGB"), MASK, ["RGB", "class indices"]),
     "mask RGBA": (lambda r: recoloured(r, "RGBA"), MASK, ["RGBA", "class indices"]),
-    "mask of 16 bits": (deep_mask, MASK, ["I;16", "8-bit"]),
+    "mask of 16 bits": (deep_mask, MASK, ["mode I", "8-bit"]),
     "mask turned": (
         lambda r: trees.save_mask(r / MASK, np.zeros((64, 48))),
         MASK,

@@ -16,12 +16,13 @@ from common.data import VOID
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
-# The photometry of a strong view, on pictures (3, H, W) in [0, 1].
+# The photometry of a strong view, on pictures (3, H, W) in [0, 1]; the numbers are PS-MT's.
+_BLURS = [v2.Identity(), v2.GaussianBlur(3, (0.1, 2.0)), v2.GaussianBlur(5, (0.1, 2.0))]
 PHOTOMETRY = v2.Compose(
     [
         v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
         v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], p=0.5),
+        v2.RandomApply([v2.RandomChoice(_BLURS, p=[0.404, 0.404, 0.192])], p=0.5),
     ]
 )
 

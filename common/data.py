@@ -319,8 +319,16 @@ def val_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The validation pictures one by one; each process has every world-th, none comes twice."""
+    """The validation pictures, in order; each process has every world-th, none comes twice.
+
+    They come one by one, for their sizes differ; drawn pictures, all of one size, by tens.
+    """
     share = Pictures(data.val[rank::world], data.lookup, view)
+    drawn = data.val[0][0].startswith(DRAWN)
     return DataLoader(
-        share, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator()
+        share,
+        batch_size=10 if drawn else 1,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
     )

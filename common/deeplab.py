@@ -101,10 +101,13 @@ class DeepLabV3Plus(nn.Module):
 
     def forward(self, images: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits (B, K, H, W); `perturb(encoded)`, when given, is added to the encoding (PS-MT)."""
-        encoded = self.encode(images)
-        if perturb is not None:
-            encoded = encoded + perturb(encoded)
-        return self.classify(self.decode(encoded), images.shape[-2:])
+        encoded, size = self.encode(images), images.shape[-2:]
+        if perturb is None:
+            return self.classify(self.decode(encoded), size)
+        # Half precision would round much of a small perturbation away.
+        with torch.autocast(images.device.type, enabled=False):
+            encoded = encoded.to(torch.promote_types(encoded.dtype, torch.float32))
+            return self.classify(self.decode(encoded + perturb(encoded)), size)
 
 
 class ASPP(nn.Module):

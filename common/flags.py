@@ -42,14 +42,15 @@ class RunConfig:
 
 
 def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[str]) -> RunConfig:
-    """The config of a command line: recipes[dataset], overridden by the flags given.
+    """The config of a command line: the dataset's recipe, overridden by the flags given.
 
-    Fields become flags; the comment behind a field is its help. Raises InputError.
+    recipes[f"{dataset} {labeled}"] goes before recipes[dataset] where there is one. Fields become
+    flags; the comment behind a field is its help. Raises InputError.
     """
     about = "\n\n".join(inspect.getmodule(config).__doc__.split("\n\n")[:3])  # up to the idea
     parser = _Parser(
         description=about,
-        epilog="Values in brackets are those of the recipe that --dataset selects.",
+        epilog="Values in brackets are those of the recipe that the other flags select.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -71,8 +72,10 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
         parser.add_argument(flag, default=field.default, **options)
     choice = _Parser(add_help=False, allow_abbrev=False)
     choice.add_argument("--dataset", default=config.dataset)
-    dataset = choice.parse_known_args(argv)[0].dataset
-    parser.set_defaults(**recipes.get(dataset, {}))
+    choice.add_argument("--labeled", default="")
+    chosen = choice.parse_known_args(argv)[0]
+    recipe = recipes.get(chosen.dataset, {})
+    parser.set_defaults(**recipes.get(f"{chosen.dataset} {chosen.labeled}", recipe))
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

@@ -193,7 +193,7 @@ class Run:
         lines = read_log(self.folder / "log.jsonl") if resumed else []
         lines = [line for line in lines if line["step"] <= self.first]
         self.history = [
-            {key: line[key] for key in ("step", "miou", "iou")} for line in lines if "miou" in line
+            {key: line[key] for key in line if key != "seconds"} for line in lines if "miou" in line
         ]
         if self.rank:
             return
@@ -279,10 +279,11 @@ class Run:
                     dist.all_reduce(statistic)
                     statistic /= self.world
 
-    def record(self, step: int, ious: Tensor) -> None:
+    def record(self, step: int, ious: Tensor, **others: Tensor) -> None:
         """Log an evaluation after `step`, and write `last.pt`, `iou.txt`, and a better `best.pt`.
 
-        ious (K,): IoU by class in [0, 1], NaN for a class that does not occur. Raises InputError
+        ious (K,): the model's IoU by class in [0, 1], NaN for a class that does not occur; others:
+        those of networks that are not the model, whose mean is logged beside. Raises InputError
         when weights are not finite: no checkpoint is written then.
         """
         weights = (weight for network in self.networks for weight in network.parameters())
@@ -290,7 +291,8 @@ class Run:
             self._diverged("a weight is not finite", step)
         self.miou, done = ious.nanmean().item(), step + 1
         by_class = [None if math.isnan(value) else value for value in ious.tolist()]
-        entry = {"step": done, "miou": self.miou, "iou": by_class}
+        means = {name: other.nanmean().item() for name, other in others.items()}
+        entry = {"step": done, "miou": self.miou, "iou": by_class, **means}
         self.history.append(entry)
         if self.rank:
             return
@@ -315,7 +317,8 @@ class Run:
         replace_text(self.folder / "iou.txt", text)
         for name in ["best.pt"] * better + ["last.pt"]:
             replace_file(self.folder / name, lambda file: torch.save(plain(checkpoint), file))
-        tqdm.write(f"step {done}/{self.cfg.iters}  mIoU {100 * self.miou:.2f}")
+        shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
+        tqdm.write(f"step {done}/{self.cfg.iters}  mIoU {100 * self.miou:.2f}{shown}")
 
     def _diverged(self, what: str, step: int) -> None:
         raise LoneError(

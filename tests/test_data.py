@@ -715,15 +715,17 @@ def test_training_batches_have_the_shapes_that_scripts_expect(root):
 def test_validation_shares_cover_each_picture_once():
     data = shape_data(2)
     data.val = data.val[:7]
-    shares = [
-        [value.item() for (value,) in val_loader(data, mean_view, rank, 3)] for rank in range(3)
-    ]
-    whole = [value.item() for (value,) in val_loader(data, mean_view)]
+
+    def means(*share, **how):
+        return [mean for (means,) in val_loader(data, mean_view, *share, **how) for mean in means]
+
+    shares = [means(rank, 3) for rank in range(3)]
+    whole = means()
     assert [len(share) for share in shares] == [3, 2, 2] and len(set(whole)) == 7
     assert sorted(sum(shares, [])) == sorted(whole)
-    assert [v.item() for (v,) in val_loader(data, mean_view, workers=1)] == whole
+    assert means(workers=1) == whole
     data.val = data.val[:2]  # fewer pictures than processes: the last has nothing to do
-    assert list(val_loader(data, mean_view, 2, 3)) == []
+    assert means(2, 3) == []
 
 
 def test_validation_sees_whole_pictures(root):

@@ -71,7 +71,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import PHOTOMETRY, cutmix_masks, train_view, whole_view
+from common.augment import cutmix_masks, photometry, train_view, whole_view
 from common.data import VOID, check, load, training_loader, val_loader
 from common.deeplab import DeepLabV3Plus
 from common.losses import cross_entropy, ohem_cross_entropy
@@ -327,7 +327,7 @@ def train(cfg: Config) -> Result:
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
     batches_l = iter(training_loader(data, "labeled", view, **run.drawing))
     if kind != "supervised":
-        view_u = partial(view, strong=PHOTOMETRY) if kind == "pseudoseg" else view
+        view_u = partial(view, strong=photometry()) if kind == "pseudoseg" else view
         batches_u = iter(training_loader(data, "unlabeled", view_u, **run.drawing))
     val = val_loader(data, whole_view, **run.loading)
     window = (cfg.eval_window, ceil(cfg.eval_window * 2 / 3)) if cfg.eval_window else None

@@ -10,14 +10,54 @@ confidence; where they are not, the pixel does not count. Such targets bear a ha
 student sees another photometry and CutMix, and noise on its features. That noise is adversarial,
 the small step that changes what the teachers' decoders make of the student's features most.
 
-Where to find it (the paper's numbers other than (4) were not at hand)
-    Eq. (4)    the ensemble: mean of both teachers' logits, softmax after it   ensemble_logits
-    Conf-CE    hard labels, weighted with confidence, above a threshold        conf_ce_loss
-    T-VAT      r_adv = argmax KL(p(z) || p(z + r)), ||r|| <= eps               t_vat
+Where to find it (of the paper's equation numbers we know only this one)
+    Eq. (4)    the ensemble: mean of two teachers' logits, then softmax        ensemble_logits
+    Conf-CE    hard labels weighted with confidence, above a threshold τ       conf_ce_loss
+    T-VAT      r_adv = argmax KL(p(z) || p(z + r)) over ||r|| <= eps           t_vat
     EMA        teacher <- decay teacher + (1 - decay) student                  ema_update
-    total      L = L_sup + λ(t) L_conf                                         train, ramp_up
-    CutMix, ZoomIn/Out                                                         box_masks, mix, zoom
+    Total      L = L_sup + λ(t) L_conf                                         train, ramp_up
+    CutMix, ZoomIn/Out, weak and strong views                     box_masks, mix, zoom, views
 
+Differences from the paper (P) and from the released code (C)
+    1.  T-VAT's noise has the norm eps, as P says. In C it is nearly zero: with ξ = 1e-6 the
+        gradient is 1e-14 to 1e-12 long, and C adds 1e-8 to what it divides by. `--tvat released`
+        has C's constants. The ξ = 0.1 and eps = 10 of its signature are not those it calls with.
+    2.  Noise goes on labelled features too, as in C, and is not used in the warm-up.
+    3.  The ensemble is a plain mean of logits. C first replaces one teacher's logits by the other's
+        outside its seven highest classes: `--assist-top 7`.
+    4.  Every teacher's backbone starts from the pretrained weights. C loads them into the student
+        alone: `--teachers random`. From random weights (`shapes`) a mean of networks that started
+        apart is no network for long, so `--teachers copy`: both follow the student until the
+        warm-up ends. In the other two cases each learns from labels by itself till then, as in C.
+    5.  Teachers label in training mode: with the statistics of the batch, by which both teachers'
+        running statistics move, and these are averaged with the student's too, as in C.
+        `--pseudo-eval` labels in eval mode. T-VAT uses the running statistics, as in C.
+    6.  L_conf is a mean over the pixels that pass, of a process's batch, as in C; whether P divides
+        by all pixels we could not check. A pixel passes at τ too; in P above it.
+    7.  Padding of a crop does not teach; in C it does: `--count-padding`.
+    8.  Labelled pictures are augmented anew each time. C replays its first pass over them.
+    9.  Cityscapes has OHEM, as P says. C builds it and never calls it: `--no-ohem`.
+    10. ZoomIn/Out is off: C never runs it for DeepLabv3+, and for PSPNet zooms the target and not
+        the picture. `--zoom` does what P describes, with C's numbers, before CutMix.
+    11. CutMix mixes different pictures: the partner is the one before in the batch. C permutes the
+        batch, which can leave a picture its own partner. For Cityscapes the three boxes share one
+        partner and cancel where they overlap; in C each has its own.
+    12. The model is the mean of the teachers. C takes the first teacher alone for Cityscapes.
+    13. The warm-up is part of --iters. Its 5 passes over the labels, and the 12 over unlabelled
+        pictures for λ, are shares of the steps. C's learning rate, too, is constant until it ends.
+    14. Left out: negative learning, which C's scripts switch off (its default is on), and settings
+        without a published λ (VOC with 1,464 labels).
+    15. Scales are relative to the picture's own size; for VOC C draws the long side, which is the
+        same where that is 500. A crop is padded on all sides; in C at the bottom and the right.
+    16. The ResNets are torchvision's, with a 7x7 stem, and ASPP is DeepLabv3+'s; C has a deep stem
+        and an ASPP of its own. Upsampling does not align corners, C's does.
+    17. bf16 autocast on GPUs; C is in float32. T-VAT, and what follows it in the student, are in
+        float32: bf16 would round the noise away.
+    18. The last checkpoint is the result; C keeps all. Labelled pictures are every r-th of the
+        sorted ids, which for VOC are C's lists. BatchNorm is the only link between processes'
+        batches: means over pixels and CutMix partners are per process.
+
+    python psmt.py    # 0.0 mIoU, mean of three seeds (supervised 0.0); 6 minutes on two CPU cores
 """
 
 import math
@@ -32,7 +72,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import RandomResizedCrop
 
-from common.augment import PHOTOMETRY, cutmix_masks, train_view, whole_view
+from common.augment import cutmix_masks, photometry, train_view, whole_view
 from common.data import check, load, training_loader, val_loader
 from common.deeplab import DeepLabV3Plus, Ensemble
 from common.losses import cross_entropy, ohem_cross_entropy
@@ -47,10 +87,10 @@ class Config(RunConfig):
     """PS-MT's own settings, here those of the embedded dataset; RECIPES has the others."""
 
     threshold: float = 0.6  # τ: a pixel teaches where the teachers' confidence is at least this
-    lam: float = 1.5  # λ, the weight of Conf-CE after its rise: 1.5 on VOC, 3 on Cityscapes
+    lam: float = 1.5  # λ, weight of Conf-CE after its rise: 0.06 to 1.5 on VOC, 3 on Cityscapes
     ramp: float = 0.15  # share of the steps over which λ rises from 0, after the warm-up
     warmup: float = 0.1  # share of the steps that are supervised, at the start
-    teachers: Literal["own", "random", "copy"] = "copy"  # how they start: see difference 5
+    teachers: Literal["own", "random", "copy"] = "copy"  # how they start: see difference 4
     ema_decay: float = 0.97  # of the teachers: 0.996 in the released code
     tvat: Literal["on", "off", "released"] = "on"  # feature noise; released: its constants
     eps: float = 2.0  # norm of T-VAT's noise, for each picture
@@ -60,74 +100,84 @@ class Config(RunConfig):
     pseudo_eval: bool = False  # teachers in eval mode; the released code's are in training mode
     count_padding: bool = False  # padding of a crop teaches too, as in the released code
     scales: tuple[float, ...] = (0.75, 1.25)  # smallest and largest scale of a training crop
+    hue: float = 0.05  # largest shift of hue in the strong view: 0.25 in the released code
     ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes, as the paper says
     width: int = 64  # channels of ASPP and decoder: 256 in the paper
     eval_window: int = 0  # side of the sliding windows of evaluation, pixels; 0: whole pictures
 
 
-def lengths(labels: int, unlabeled: int, epochs: int, batch: int) -> dict:
-    """The released epochs as steps of `batch` + `batch` pictures, over all processes.
-
-    5 passes over the labelled pictures come first, then `epochs` over the unlabelled ones, the
-    first 12 of which λ takes to rise.
-    """
-    warmup, epoch = 5 * (labels // batch), unlabeled // batch
-    iters = warmup + epochs * epoch
-    return dict(iters=iters, warmup=warmup / iters, ramp=12 * epoch / iters, eval_every=10 * epoch)
-
-
 PAPER = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
+    batch_size=8,
+    lr=0.0025,
+    threshold=0.6,
+    lam=1.5,
+    ramp=0.15,
+    warmup=0.01,
     teachers="own",
     ema_decay=0.996,
+    eps=2.0,
+    scales=(0.5, 2.0),
+    hue=0.25,
     width=256,
     workers=4,
 )
-# 32 + 32 pictures, as 8 + 8 on each of 4 GPUs, and lr 0.0025 for each of them. On one GPU the
-# released code would take four times as many steps at lr 0.0025. The long side is drawn from 300
-# to 1200 pixels, which for VOC's 500 are these scales.
+# 32 + 32 pictures a step, as 8 + 8 on each of 4 GPUs, and lr 0.0025 for each of them: on one GPU,
+# --lr 0.0025 and four times the --iters. The long side is drawn from 300 to 1200 pixels, which are
+# these scales for VOC's 500.
 VOC = PAPER | dict(dataset="voc", crop_size=512, lr=0.01, scales=(0.6, 2.4))
-# 8 + 8 pictures, as 4 + 4 on each of 2 GPUs.
+# 8 + 8 pictures a step, as 4 + 4 on each of 2 GPUs.
 CITYSCAPES = PAPER | dict(
     dataset="cityscapes",
     crop_size=800,
     batch_size=4,
     lr=0.0045,
-    scales=(0.5, 2.0),
     lam=3.0,
     cutmix="boxes",
     ohem=True,
     eval_window=800,
 )
-# λ and lengths depend on the labelled set: --labeled selects the recipe too. The counts are those
-# of the lists of finely labelled VOC pictures; a list of one's own takes the values as flags.
+
+
+def lengths(labels: int, pictures: int, epochs: int, gpus: int, batch: int) -> dict:
+    """The released epochs as steps of `batch` + `batch` pictures on each GPU.
+
+    5 passes over the labelled pictures come first, then `epochs` over the unlabelled ones, the
+    first 12 of which λ takes to rise.
+    """
+    warmup = 5 * (math.ceil(labels / gpus) // batch)
+    epoch = math.ceil((pictures - labels) / gpus) // batch
+    iters = warmup + epochs * epoch
+    return dict(iters=iters, warmup=warmup / iters, ramp=12 * epoch / iters, eval_every=10 * epoch)
+
+
+# λ and lengths depend on the labelled set: --dataset and --labeled select them. 92 to 732 are
+# published for lists of finely labelled pictures, and on ResNet-101; a count draws from all. With a
+# list of one's own these values are flags to give.
+LABELED_SETS = {
+    f"voc {name}": VOC | dict(labeled=name, lam=lam) | lengths(labels, 10_582, epochs, 4, 8)
+    for name, labels, epochs, lam in (
+        ("1/16", 662, 80, 1.5),
+        ("1/8", 1323, 80, 1.5),
+        ("1/4", 2646, 200, 1.5),
+        ("1/2", 5291, 300, 1.5),
+        ("92", 92, 80, 0.06),
+        ("183", 183, 80, 0.6),
+        ("366", 366, 80, 0.6),
+        ("732", 732, 80, 0.6),
+    )
+} | {
+    f"cityscapes {name}": CITYSCAPES | dict(labeled=name) | lengths(labels, 2975, epochs, 2, 4)
+    for name, labels, epochs in (("1/8", 372, 320), ("1/4", 744, 450), ("1/2", 1488, 550))
+}
 RECIPES = {
     "shapes": {},
     "folder": PAPER
-    | dict(
-        dataset="folder",
-        labeled="all",
-        crop_size=320,
-        lr=0.0025,
-        scales=(0.5, 2.0),
-        iters=20_000,
-        warmup=0.01,
-        eval_every=2_000,
-    ),
-    "voc 1/16": VOC | dict(labeled="1/16", lam=1.5) | lengths(662, 9920, 80, 32),
-    "voc 1/8": VOC | dict(labeled="1/8", lam=1.5) | lengths(1323, 9259, 80, 32),
-    "voc 1/4": VOC | dict(labeled="1/4", lam=1.5) | lengths(2646, 7936, 200, 32),
-    "voc 1/2": VOC | dict(labeled="1/2", lam=1.5) | lengths(5291, 5291, 300, 32),
-    "voc 92": VOC | dict(labeled="92", lam=0.06) | lengths(92, 10_490, 80, 32),
-    "voc 183": VOC | dict(labeled="183", lam=0.6) | lengths(183, 10_399, 80, 32),
-    "voc 366": VOC | dict(labeled="366", lam=0.6) | lengths(366, 10_216, 80, 32),
-    "voc 732": VOC | dict(labeled="732", lam=0.6) | lengths(732, 9850, 80, 32),
-    "cityscapes 1/8": CITYSCAPES | dict(labeled="1/8") | lengths(372, 2603, 320, 8),
-    "cityscapes 1/4": CITYSCAPES | dict(labeled="1/4") | lengths(744, 2231, 450, 8),
-    "cityscapes 1/2": CITYSCAPES | dict(labeled="1/2") | lengths(1488, 1487, 550, 8),
+    | dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval_every=2_000),
+    "voc": LABELED_SETS["voc 1/8"],
+    "cityscapes": LABELED_SETS["cityscapes 1/8"],
 }
-RECIPES |= {name: RECIPES[f"{name} 1/8"] for name in ("voc", "cityscapes")}
 RELEASED = dict(xi=1e-6, floor=1e-8)  # the released T-VAT's constants: its noise comes out as ~0
 
 
@@ -184,13 +234,13 @@ def t_vat(
     two decoders' logits, and z the student's features, encoded (B, C, h, w). One power iteration
     (Miyato et al., 2018): the divergence's gradient at ξ d, d a random direction, scaled to the
     norm eps for each picture.
-    Returns r (B, C, h, w), constant, float32 or float64. decoder1, decoder2: encoded -> logits,
-    called as they are, so in eval mode if they have BatchNorm. start: d, of any norm, no zeros.
-    size: p is taken at these (H, W), upsampled. floor: added to norms, as the released code does.
+    Returns r (B, C, h, w), constant, float32 or float64. decoder1, decoder2: encoded -> logits, in
+    the mode they are in: put BatchNorm in eval mode first. start: d, of any norm but 0; random when
+    None. size: (H, W) to which logits are upsampled first. floor: see `unit`.
     """
-    # ξ trades the curvature that d sees, for which it should be small, against rounding: on GPUs
-    # convolutions of float32 have the 10 bits of TF32, which bury a step of 0.1 (cosine to the
-    # exact direction 0.6; at 1, 0.98 and more).
+    # A smaller ξ measures the curvature at z more exactly, but rounding hides a small step: on GPUs
+    # float32 is convolved as TF32, with 10 bits. Emulated on trained networks, the cosine to the
+    # direction of ξ = 0.01 in float64 is 0.98 and more for ξ = 1, 0.1 to 0.95 for ξ = 0.1.
     z = encoded.detach().to(torch.promote_types(encoded.dtype, torch.float32))
     d = torch.rand_like(z) - 0.5 if start is None else start.to(z)
     d = unit(d, floor).requires_grad_()
@@ -217,11 +267,11 @@ def t_vat(
 def unit(direction: Tensor, floor: float = 0.0) -> Tensor:
     """Each sample of (B, C, h, w) divided by its L2 norm + floor, however small it is.
 
-    Gradients of a divergence near its minimum are tiny. A floor of 1e-8, which the released code
-    adds, is far larger than they are, and shrinks the result to nothing.
+    A divergence near its minimum has a tiny gradient. A floor of 1e-8, which the released code
+    adds, is far larger, and shrinks the result to nothing.
     """
-    peak = direction.abs().amax(dim=(1, 2, 3), keepdim=True)
-    peak = peak.clamp(min=torch.finfo(direction.dtype).tiny)
+    tiny = torch.finfo(direction.dtype).tiny
+    peak = direction.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=tiny)
     scaled = direction / peak  # the largest entry is 1, so that no square underflows
     norm = torch.linalg.vector_norm(scaled, dim=(1, 2, 3), keepdim=True).clamp(min=1)
     return scaled / (norm + floor / peak)
@@ -249,16 +299,20 @@ def ramp_up(step: int, length: float) -> float:
 
 
 def views(
-    image: Tensor, label: Tensor, crop: int, scales: tuple[float, float]
+    image: Tensor,
+    label: Tensor,
+    crop: int,
+    scales: tuple[float, float],
+    strong: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, ...]:
-    """A crop with its label and valid pixels, the weak view; and its strong view.
+    """The weak view of a crop, its label and valid pixels, and its strong view.
 
     The scale is uniform between the two of `scales`. Teachers see the weak view, the student the
-    strong one: the same pixels after colour jitter, grayscale and blur, labelled pictures too.
+    strong one: the same pixels after colour jitter, grayscale and blur; of labelled pictures too.
     """
     low, high = scales
     scale = low + (high - low) * float(torch.rand(()))
-    return train_view(image, label, crop, (scale,), PHOTOMETRY)
+    return train_view(image, label, crop, (scale,), strong)
 
 
 def box_masks(
@@ -266,19 +320,19 @@ def box_masks(
 ) -> Tensor:
     """CutMix masks (B, 1, H, W) bool by the rule for VOC; True where the partner shows.
 
-    The share 1 - β of the sides' product is one draw for the batch, β ~ Beta(4, 4). Each picture
-    has a box of its own, its centre at least an eighth of a side from the top and the left; what
-    reaches over the border is cut off. 36 % of the pixels on average.
+    A box has the share 1 - β of the area; β ~ Beta(4, 4) is drawn once for the batch. Each picture
+    has a centre of its own, an eighth of a side or more from the top and the left. What reaches
+    over the border is cut off, which leaves 36 % of the pixels on average.
     """
     side = math.sqrt(1 - torch.distributions.Beta(4.0, 4.0).sample())
 
     def span(length: int) -> Tensor:
         half = int(side * length) // 2
-        centre = torch.randint(length // 8, length, (batch, 1))
-        positions = torch.arange(length)
+        centre = torch.randint(length // 8, length, (batch, 1)).to(device, non_blocking=True)
+        positions = torch.arange(length, device=device)
         return (positions >= centre - half) & (positions < centre + half)  # (B, length)
 
-    return (span(height)[:, None, :, None] & span(width)[:, None, None]).to(device)
+    return span(height)[:, None, :, None] & span(width)[:, None, None]
 
 
 def mix(tensor: Tensor, masks: Tensor) -> Tensor:
@@ -318,24 +372,25 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
     return look(images, "bilinear"), look(teacher_logits, "nearest-exact"), valid
 
 
-def harder(
-    images: Tensor, target: Tensor, valid: Tensor, cfg: Config
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The strong view's ZoomIn/Out and CutMix, on pictures, teachers' logits and valid pixels."""
+def zoom_and_mix(
+    images: Tensor, teacher_logits: Tensor, valid: Tensor, cfg: Config
+) -> list[Tensor] | tuple[Tensor, ...]:
+    """ZoomIn/Out and CutMix, as the flags say, on pictures and on what teaches there alike."""
+    views = images, teacher_logits, valid
     if cfg.zoom:
-        images, target, valid = zoom(images, target, valid)
-    if cfg.cutmix == "off":
-        return images, target, valid
-    rule = box_masks if cfg.cutmix == "box" else cutmix_masks
-    masks = rule(*valid.shape, device=valid.device)
-    return mix(images, masks), mix(target, masks), mix(valid, masks)
+        views = zoom(*views)
+    if cfg.cutmix != "off":
+        rule = box_masks if cfg.cutmix == "box" else cutmix_masks
+        masks = rule(*valid.shape, device=valid.device)
+        views = [mix(tensor, masks) for tensor in views]
+    return views
 
 
 # --- training ---
 
 
 def decoder(network: DeepLabV3Plus) -> Callable[[Tensor], Tensor]:
-    """What follows the encoding: (B, 304, h, w) -> logits (B, K, h, w), not upsampled."""
+    """What follows the encoding: (B, width + 48, h, w) -> logits (B, K, h, w), not upsampled."""
     return lambda encoded: network.classify(network.decode(encoded))
 
 
@@ -354,9 +409,10 @@ def check_flags(cfg: Config) -> None:
 
 
 def train(cfg: Config) -> Result:
-    """Run the experiment; the result's model is the mean of the two teachers (Ensemble).
+    """Run the experiment; the result's model is the mean of the teachers' logits (Ensemble).
 
-    Raises InputError for flags and files that cannot be right.
+    With --supervised-only it is the student. Raises InputError for flags and files that cannot be
+    right.
     """
     run = Run("psmt", cfg)
     check_flags(cfg)
@@ -366,41 +422,36 @@ def train(cfg: Config) -> Result:
     num_classes = len(data.classes)
     build = partial(DeepLabV3Plus, num_classes, cfg.backbone, width=cfg.width)
     student, teachers = build(weights=cfg.weights), []
-    if not cfg.supervised_only:
-        if cfg.teachers == "copy":
-            teachers = [deepcopy(student) for _ in range(2)]
-        else:
-            weights = "none" if cfg.teachers == "random" else cfg.weights
-            teachers = [build(weights=weights) for _ in range(2)]
-    apart = bool(teachers) and cfg.teachers != "copy"
     check(data, run.rank, run.world)
-    networks = nn.ModuleList([student, *teachers])
-    trained, *trained_teachers = [run.wrap(network) for network in networks]
-    # The learning rate falls after the warm-up. From then on no gradient reaches the teachers, and
-    # SGD passes over them.
+    trained, trained_teachers = run.wrap(student), []
+    if cfg.supervised_only:
+        pass
+    elif cfg.teachers == "copy":
+        teachers = [deepcopy(student) for _ in range(2)]
+    else:
+        weights = cfg.weights if cfg.teachers == "own" else "none"
+        teachers = [build(weights=weights) for _ in range(2)]
+        trained_teachers = [run.wrap(teacher) for teacher in teachers]
+    names = ("student", "teacher1", "teacher2")[: 1 + len(teachers)]
+    networks = nn.ModuleDict(zip(names, [student, *teachers], strict=True))
+    ensemble = Ensemble(teachers)
+    # The learning rate is constant in the warm-up and falls after it.
     warmup = round(cfg.warmup * cfg.iters)
-    optimizer, schedule = sgd_poly(
-        networks if apart else [student], cfg.lr, cfg.weight_decay, cfg.iters - warmup
-    )
+    learning = networks.values() if trained_teachers else [student]
+    optimizer, schedule = sgd_poly(learning, cfg.lr, cfg.weight_decay, cfg.iters - warmup)
     state = dict(networks=networks, optimizer=optimizer, schedule=schedule)
     run.start(teachers or [student], data, state)
 
-    view = partial(views, crop=cfg.crop_size, scales=cfg.scales)
+    strong = photometry(cfg.hue)
+    view = partial(views, crop=cfg.crop_size, scales=cfg.scales, strong=strong)
     batches_l = iter(training_loader(data, "labeled", view, **run.drawing))
-    # The teachers take turns, a pass over the unlabelled pictures each. The passes begin when the
-    # warm-up is over.
-    turn = max(len(data.unlabeled) // (cfg.batch_size * run.world), 1)
-    if teachers:
+    if teachers:  # their passes over the unlabelled pictures begin when the warm-up is over
         steps_u = range(max(run.first - warmup, 0), cfg.iters - warmup)
         drawing_u = run.drawing | {"steps": steps_u}
         batches_u = iter(training_loader(data, "unlabeled", view, **drawing_u))
+    turn = max(len(data.unlabeled) // (cfg.batch_size * run.world), 1)  # steps of such a pass
     val = val_loader(data, whole_view, **run.loading)
     window = (cfg.eval_window, math.ceil(cfg.eval_window * 2 / 3)) if cfg.eval_window else None
-    ensemble = Ensemble(teachers)
-    model = ensemble if teachers else student
-    others = (
-        dict(zip(("student", "teacher1", "teacher2"), networks, strict=False)) if teachers else {}
-    )
 
     def score(network: nn.Module) -> Tensor:
         return iou(evaluate(network, val, num_classes, run.device, window))
@@ -408,40 +459,42 @@ def train(cfg: Config) -> Result:
     criterion = cross_entropy
     if cfg.ohem:
         criterion = partial(ohem_cross_entropy, min_kept=50_000 * cfg.batch_size)
-    noise = dict(eps=cfg.eps, size=(cfg.crop_size, cfg.crop_size))
+    options = dict(eps=cfg.eps, size=(cfg.crop_size, cfg.crop_size))
     if cfg.tvat == "released":
-        noise |= RELEASED
+        options |= RELEASED
 
     def perturb(encoded: Tensor) -> Tensor:
         with evaluating(ensemble):  # running statistics, which stay as they are
-            return t_vat(encoded, *map(decoder, teachers), **noise)  # r_adv
+            return t_vat(encoded, *map(decoder, teachers), **options)  # r_adv
 
     for step in run.loop():
         images_l, labels_l, _, strong_l = run.to_device(next(batches_l))
         semi = bool(teachers) and step >= warmup
-        perturbation = perturb if semi and cfg.tvat != "off" else None
-        # The teachers' gradients, and their batch statistics, are those of the warm-up.
-        ensemble.requires_grad_(apart and not semi).train(not (semi and cfg.pseudo_eval))
+        r_adv = perturb if semi and cfg.tvat != "off" else None
+        # From the warm-up's end on the teachers learn by averaging alone.
+        ensemble.requires_grad_(not semi).train(not (semi and cfg.pseudo_eval))
+        for weight in ensemble.parameters() if step == warmup else ():
+            optimizer.state.pop(weight, None)  # their momentum
         lam, loss_conf = 0.0, 0.0
         with run.autocast():
-            logits_l = trained(strong_l, perturbation)  # (B, K, H, W)
+            logits_l = trained(strong_l, r_adv)  # (B, K, H, W)
             loss = loss_sup = criterion(logits_l, labels_l)
+            for teacher in () if semi else trained_teachers:  # the warm-up, on weak views
+                loss = loss + criterion(teacher(images_l), labels_l)
             if semi:
                 images_u, _, valid, strong_u = run.to_device(next(batches_u))
                 active = (step - warmup) // turn % 2  # the teacher that follows the student now
-                # The teachers see uncut pictures; CutMix then cuts their answers alike.
                 with torch.no_grad():
-                    logits1, logits2 = teachers[active](images_u), teachers[1 - active](images_u)
-                target = ensemble_logits(logits1, logits2, cfg.assist_top)  # Eq. (4)
-                strong_u, target, valid = harder(strong_u, target, valid, cfg)
-                logits_u = trained(strong_u, perturbation)  # (B, K, H, W)
+                    core, assist = (t(images_u) for t in (teachers[active], teachers[1 - active]))
+                    teacher_logits = ensemble_logits(core, assist, cfg.assist_top)  # Eq. (4)
+                # The teachers saw uncut pictures: CutMix cuts their answers as it cuts pictures.
+                views_u = zoom_and_mix(strong_u, teacher_logits, valid, cfg)
+                strong_u, teacher_logits, valid = views_u
+                logits_u = trained(strong_u, r_adv)  # (B, K, H, W)
                 valid = valid | cfg.count_padding
-                loss_conf = conf_ce_loss(logits_u, target, cfg.threshold, valid)
+                loss_conf = conf_ce_loss(logits_u, teacher_logits, cfg.threshold, valid)
                 lam = cfg.lam * ramp_up(step - warmup, cfg.ramp * cfg.iters)  # λ(t)
                 loss = loss_sup + lam * loss_conf  # L
-            elif apart:  # each network learns by itself, the teachers from weak views
-                logits = [teacher(images_l) for teacher in trained_teachers]
-                loss = loss_sup + sum(criterion(x, labels_l) for x in logits)
 
         optimizer.zero_grad()
         loss.backward()
@@ -450,20 +503,21 @@ def train(cfg: Config) -> Result:
             schedule.step()
         if semi:
             ema_update(teachers[active], student, cfg.ema_decay)
-        elif not apart:
+        elif not trained_teachers:
             for teacher in teachers:
                 ema_update(teacher, student, 0.0)
         run.log(step, loss_sup=loss_sup, loss_conf=loss_conf, lam=lam)
         if run.due(step):
             run.average_buffers(networks)
             with run.autocast():
-                scores = {name: score(network) for name, network in others.items()}
-                run.record(step, score(model), **scores)
+                scores = {name: score(network) for name, network in networks.items()}
+                ious = score(ensemble) if teachers else scores.pop("student")
+            run.record(step, ious, **scores)
 
     if run.rank == 0:
-        panels(model, data, run.folder / "panels.png", run.device)
+        panels(ensemble if teachers else student, data, run.folder / "panels.png", run.device)
     return run.finish()
 
 
 if __name__ == "__main__":
-    main(train, Config, RECIPES)
+    main(train, Config, RECIPES | LABELED_SETS)

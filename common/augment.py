@@ -16,20 +16,25 @@ from common.data import VOID
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
-# The photometry of a strong view, on pictures (3, H, W) in [0, 1]; the numbers are PS-MT's.
-_BLURS = [v2.Identity(), v2.GaussianBlur(3, (0.1, 2.0)), v2.GaussianBlur(5, (0.1, 2.0))]
-PHOTOMETRY = v2.Compose(
-    [
-        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.RandomChoice(_BLURS, p=[0.404, 0.404, 0.192])], p=0.5),
-    ]
-)
-
 
 def normalise(images: Tensor) -> Tensor:
     """(..., 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet."""
     return v2.functional.normalize(images, MEAN, STD)
+
+
+def photometry(hue: float = 0.25) -> Callable[[Tensor], Tensor]:
+    """The colour jitter, grayscale and blur of a strong view, on pictures (3, H, W) in [0, 1].
+
+    The numbers are PS-MT's. hue: the largest shift of hue, as a share of the colour wheel.
+    """
+    blurs = [v2.Identity(), v2.GaussianBlur(3, (0.1, 2.0)), v2.GaussianBlur(5, (0.1, 2.0))]
+    return v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, hue)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.RandomChoice(blurs, p=[0.404, 0.404, 0.192])], p=0.5),
+        ]
+    )
 
 
 def whole_view(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +127,8 @@ def cutmix_masks(
     wide = (share ** (1 - uniform[1]) / boxes**0.5 * width).round()
     top = ((height - high) * uniform[2]).round()
     left = ((width - wide) * uniform[3]).round()
-    corners = torch.stack([top, top + high, left, left + wide]).to(device, torch.float32)
+    corners = torch.stack([top, top + high, left, left + wide])
+    corners = corners.to(device, torch.float32, non_blocking=True)
     top, bottom, left, right = corners  # (B, boxes, 1) each
     rows, columns = (torch.arange(size, device=device) for size in (height, width))
     down = ((rows >= top) & (rows < bottom)).float()  # (B, boxes, H)

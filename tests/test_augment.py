@@ -113,7 +113,7 @@ def test_train_view_draws_all_scales_and_shares_geometry_with_the_strong_view():
 
 def test_photometry_keeps_range_and_shape():
     image = torch.rand(3, 32, 32)
-    views = [augment.PHOTOMETRY(image) for _ in range(20)]
+    views = [augment.photometry()(image) for _ in range(20)]
     assert all(v.shape == image.shape and v.min() >= 0 and v.max() <= 1 for v in views)
     assert sum(not torch.equal(v, image) for v in views) > 10
 

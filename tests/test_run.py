@@ -34,11 +34,17 @@ def few(monkeypatch):
     monkeypatch.setattr(shapes, "COUNTS", {"train": 12, "val": 3})
 
 
-def start(*flags, processes=1):
-    """cps.py on few pictures as a program of its own."""
+def start(*flags, script="cps", processes=1):
+    """A script on few pictures as a program of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), "tests/few_shapes.py", *flags],
+        [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            "tests/few_shapes.py",
+            script,
+            *flags,
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

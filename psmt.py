@@ -19,43 +19,50 @@ Where to find it (of the paper's equation numbers we know only this one)
     CutMix, ZoomIn/Out, weak and strong views                     box_masks, mix, zoom, views
 
 Differences from the paper (P) and from the released code (C)
-    1.  T-VAT's noise has the norm eps, as P says. In C it is nearly zero: with ξ = 1e-6 the
-        gradient is 1e-14 to 1e-12 long, and C adds 1e-8 to what it divides by. `--tvat released`
-        has C's constants. The ξ = 0.1 and eps = 10 of its signature are not those it calls with.
-    2.  Noise goes on labelled features too, as in C, and is not used in the warm-up.
+    1.  T-VAT's noise has the norm eps, as in P. In C it is nearly zero: its ξ of 1e-6 makes a
+        gradient of 1e-14 to 1e-12, and it adds 1e-8 to the norm that it divides by. `--tvat
+        released` does so. Our ξ is 1. C's signature has ξ = 0.1 and eps = 10, which it never uses.
+    2.  Labelled features get noise too, as in C; in the warm-up there is none.
     3.  The ensemble is a plain mean of logits. C first replaces one teacher's logits by the other's
         outside its seven highest classes: `--assist-top 7`.
-    4.  Every teacher's backbone starts from the pretrained weights. C loads them into the student
-        alone: `--teachers random`. From random weights (`shapes`) a mean of networks that started
-        apart is no network for long, so `--teachers copy`: both follow the student until the
-        warm-up ends. In the other two cases each learns from labels by itself till then, as in C.
-    5.  Teachers label in training mode: with the statistics of the batch, by which both teachers'
-        running statistics move, and these are averaged with the student's too, as in C.
-        `--pseudo-eval` labels in eval mode. T-VAT uses the running statistics, as in C.
-    6.  L_conf is a mean over the pixels that pass, of a process's batch, as in C; whether P divides
-        by all pixels we could not check. A pixel passes at τ too; in P above it.
+    4.  `--teachers own`: all three networks start from the pretrained backbone with a head of their
+        own, and each learns by itself in the warm-up. `random`: the teachers' backbones start at
+        random, as in C, which loads the weights into the student alone. `copy`, ours, for random
+        weights: both teachers are copies of the student until the warm-up ends, since averages of
+        networks that started apart predict nothing.
+    5.  Teachers label in training mode, by the batch's own statistics, as in C: both teachers'
+        running statistics move by that, and those of the one that is updated are averaged with the
+        student's. `--pseudo-eval` labels in eval mode. T-VAT uses the running statistics, as in C.
+    6.  L_conf is a mean over the passing pixels of a process, as in C; by what P divides we could
+        not check. A pixel passes at τ too; in P above it.
     7.  Padding of a crop does not teach; in C it does: `--count-padding`.
-    8.  Labelled pictures are augmented anew each time. C replays its first pass over them.
-    9.  Cityscapes has OHEM, as P says. C builds it and never calls it: `--no-ohem`.
-    10. ZoomIn/Out is off: C never runs it for DeepLabv3+, and for PSPNet zooms the target and not
-        the picture. `--zoom` does what P describes, with C's numbers, before CutMix.
+    8.  Labelled pictures are augmented anew each time; C replays its first pass over them.
+    9.  Cityscapes has OHEM, as in P. C builds it and never calls it: `--no-ohem`.
+    10. ZoomIn/Out is off: C never runs it for DeepLabv3+, and for PSPNet zooms the target but not
+        the picture. `--zoom` does what P describes with C's numbers, before CutMix.
     11. CutMix mixes different pictures: the partner is the one before in the batch. C permutes the
-        batch, which can leave a picture its own partner. For Cityscapes the three boxes share one
+        batch, which can leave a picture its own partner. For Cityscapes the three boxes share a
         partner and cancel where they overlap; in C each has its own.
-    12. The model is the mean of the teachers. C takes the first teacher alone for Cityscapes.
-    13. The warm-up is part of --iters. Its 5 passes over the labels, and the 12 over unlabelled
-        pictures for λ, are shares of the steps. C's learning rate, too, is constant until it ends.
-    14. Left out: negative learning, which C's scripts switch off (its default is on), and settings
-        without a published λ (VOC with 1,464 labels).
-    15. Scales are relative to the picture's own size; for VOC C draws the long side, which is the
-        same where that is 500. A crop is padded on all sides; in C at the bottom and the right.
+    12. The model is the mean of the teachers, as in P. C takes teacher 1 alone for Cityscapes, and
+        in its script for pictures, which does not run. The last checkpoint counts; C keeps all.
+    13. The warm-up, 5 passes over the labels, and λ's rise, 12 over the unlabelled pictures, are
+        shares of --iters. C's learning rate, too, is constant until the warm-up ends.
+    14. Left out: negative learning, which C's scripts switch off though it is on by default, and
+        recipes for sets without a published λ (VOC's 1,464).
+    15. A crop's scale is relative to the picture's own size; for VOC C draws the long side, the
+        same where that is 500. Resizing is bilinear, C's bicubic; padding is on all sides, C's at
+        the bottom and the right. Pictures are evaluated at their own size, in C at multiples of 8;
+        Cityscapes in C's windows. Classes that never occur are left out of the mean.
     16. The ResNets are torchvision's, with a 7x7 stem, and ASPP is DeepLabv3+'s; C has a deep stem
-        and an ASPP of its own. Upsampling does not align corners, C's does.
-    17. bf16 autocast on GPUs; C is in float32. T-VAT, and what follows it in the student, are in
-        float32: bf16 would round the noise away.
-    18. The last checkpoint is the result; C keeps all. Labelled pictures are every r-th of the
-        sorted ids, which for VOC are C's lists. BatchNorm is the only link between processes'
-        batches: means over pixels and CutMix partners are per process.
+        and an ASPP of its own, and other initial weights for the teachers' heads. Upsampling does
+        not align corners, C's does.
+    17. bf16 autocast on GPUs; C is in float32. T-VAT, and the student's decoder behind it, are in
+        float32: bf16 would round much of the noise away.
+    18. Means over pixels and CutMix partners are per process; gradients, and on GPUs BatchNorm, are
+        joint. Labelled pictures are every r-th of the sorted ids, which for VOC are C's lists.
+    19. `--strength` scales the strong view's photometry. Ours: see the README for what the
+        published one does to short runs on small pictures.
+    Nearest to C: --tvat released --teachers random --assist-top 7 --count-padding --no-ohem
 
     python psmt.py    # 0.0 mIoU, mean of three seeds (supervised 0.0); 6 minutes on two CPU cores
 """
@@ -86,12 +93,14 @@ from common.run import InputError, Result, Run, RunConfig, main
 class Config(RunConfig):
     """PS-MT's own settings, here those of the embedded dataset; RECIPES has the others."""
 
+    iters: int = 350  # optimisation steps, the warm-up's included
+    eval_every: int = 175  # steps between two evaluations, each of which writes last.pt
     threshold: float = 0.6  # τ: a pixel teaches where the teachers' confidence is at least this
     lam: float = 1.5  # λ, weight of Conf-CE after its rise: 0.06 to 1.5 on VOC, 3 on Cityscapes
     ramp: float = 0.15  # share of the steps over which λ rises from 0, after the warm-up
     warmup: float = 0.1  # share of the steps that are supervised, at the start
     teachers: Literal["own", "random", "copy"] = "copy"  # how they start: see difference 4
-    ema_decay: float = 0.97  # of the teachers: 0.996 in the released code
+    ema_decay: float = 0.9  # of the teachers: 0.996 in the released code
     tvat: Literal["on", "off", "released"] = "on"  # feature noise; released: its constants
     eps: float = 2.0  # norm of T-VAT's noise, for each picture
     cutmix: Literal["box", "boxes", "off"] = "box"  # one box a picture (VOC), three (Cityscapes)
@@ -100,7 +109,7 @@ class Config(RunConfig):
     pseudo_eval: bool = False  # teachers in eval mode; the released code's are in training mode
     count_padding: bool = False  # padding of a crop teaches too, as in the released code
     scales: tuple[float, ...] = (0.75, 1.25)  # smallest and largest scale of a training crop
-    hue: float = 0.05  # largest shift of hue in the strong view: 0.25 in the released code
+    strength: float = 0.2  # of the strong view's photometry: 1 in the released code
     ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes, as the paper says
     width: int = 64  # channels of ASPP and decoder: 256 in the paper
     eval_window: int = 0  # side of the sliding windows of evaluation, pixels; 0: whole pictures
@@ -119,7 +128,7 @@ PAPER = dict(
     ema_decay=0.996,
     eps=2.0,
     scales=(0.5, 2.0),
-    hue=0.25,
+    strength=1.0,
     width=256,
     workers=4,
 )
@@ -396,7 +405,7 @@ def decoder(network: DeepLabV3Plus) -> Callable[[Tensor], Tensor]:
 
 def check_flags(cfg: Config) -> None:
     """Raise InputError for flags of this script that cannot be right."""
-    for name in ("threshold", "ramp", "ema_decay"):
+    for name in ("threshold", "ramp", "ema_decay", "strength"):
         if getattr(cfg, name) > 1:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {getattr(cfg, name)}: must be between 0 and 1")
@@ -442,7 +451,7 @@ def train(cfg: Config) -> Result:
     state = dict(networks=networks, optimizer=optimizer, schedule=schedule)
     run.start(teachers or [student], data, state)
 
-    strong = photometry(cfg.hue)
+    strong = photometry(cfg.strength)
     view = partial(views, crop=cfg.crop_size, scales=cfg.scales, strong=strong)
     batches_l = iter(training_loader(data, "labeled", view, **run.drawing))
     if teachers:  # their passes over the unlabelled pictures begin when the warm-up is over

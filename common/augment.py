@@ -22,17 +22,20 @@ def normalise(images: Tensor) -> Tensor:
     return v2.functional.normalize(images, MEAN, STD)
 
 
-def photometry(hue: float = 0.25) -> Callable[[Tensor], Tensor]:
+def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
     """The colour jitter, grayscale and blur of a strong view, on pictures (3, H, W) in [0, 1].
 
-    The numbers are PS-MT's. hue: the largest shift of hue, as a share of the colour wheel.
+    The numbers are PS-MT's. strength in [0, 1] scales the jitter's ranges and the probabilities of
+    grayscale and blur.
     """
+    jitter = v2.ColorJitter(*(strength * limit for limit in (0.5, 0.5, 0.5, 0.25)))
     blurs = [v2.Identity(), v2.GaussianBlur(3, (0.1, 2.0)), v2.GaussianBlur(5, (0.1, 2.0))]
+    blur = v2.RandomChoice(blurs, p=[0.404, 0.404, 0.192])
     return v2.Compose(
         [
-            v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, hue)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.RandomChoice(blurs, p=[0.404, 0.404, 0.192])], p=0.5),
+            v2.RandomApply([jitter], p=0.8),
+            v2.RandomGrayscale(p=0.2 * strength),
+            v2.RandomApply([blur], p=0.5 * strength),
         ]
     )
 

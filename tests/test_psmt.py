@@ -715,7 +715,7 @@ def test_choices_change_the_result(few, small, tmp_path):
     choices = [{}, dict(tvat="off"), dict(cutmix="off"), dict(threshold=0.0), dict(zoom=True)]
     choices += [dict(pseudo_eval=True), dict(cutmix="boxes"), dict(lam=0.5), dict(eps=50.0)]
     small = dict(scales=(0.3, 0.3))  # crops with padding
-    choices += [dict(hue=0.5), small, small | dict(count_padding=True)]
+    choices += [dict(strength=1.0), small, small | dict(count_padding=True)]
     for index, flags in enumerate(choices):
         run(tmp_path / str(index), **{"ramp": 0.0, "threshold": 0.2, "iters": 3, **flags})
         state = saved(tmp_path / str(index))["state"]["networks"]

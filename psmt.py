@@ -381,7 +381,7 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
     return look(images, "bilinear"), look(teacher_logits, "nearest-exact"), valid
 
 
-def zoom_and_mix(
+def zoom_mix(
     images: Tensor, teacher_logits: Tensor, valid: Tensor, cfg: Config
 ) -> list[Tensor] | tuple[Tensor, ...]:
     """ZoomIn/Out and CutMix, as the flags say, on pictures and on what teaches there alike."""
@@ -472,38 +472,38 @@ def train(cfg: Config) -> Result:
     if cfg.tvat == "released":
         options |= RELEASED
 
-    def perturb(encoded: Tensor) -> Tensor:
+    def adversarial_noise(encoded: Tensor) -> Tensor:
         with evaluating(ensemble):  # running statistics, which stay as they are
             return t_vat(encoded, *map(decoder, teachers), **options)  # r_adv
 
     for step in run.loop():
         images_l, labels_l, _, strong_l = run.to_device(next(batches_l))
         semi = bool(teachers) and step >= warmup
-        r_adv = perturb if semi and cfg.tvat != "off" else None
+        noise = adversarial_noise if semi and cfg.tvat != "off" else None
+        lam = cfg.lam * ramp_up(step - warmup, cfg.ramp * cfg.iters) if semi else 0.0  # λ(t)
         # From the warm-up's end on the teachers learn by averaging alone.
         ensemble.requires_grad_(not semi).train(not (semi and cfg.pseudo_eval))
         for weight in ensemble.parameters() if step == warmup else ():
             optimizer.state.pop(weight, None)  # their momentum
-        lam, loss_conf = 0.0, 0.0
         with run.autocast():
-            logits_l = trained(strong_l, r_adv)  # (B, K, H, W)
+            logits_l = trained(strong_l, noise)  # (B, K, H, W)
             loss = loss_sup = criterion(logits_l, labels_l)
-            for teacher in () if semi else trained_teachers:  # the warm-up, on weak views
-                loss = loss + criterion(teacher(images_l), labels_l)
+            loss_conf = 0.0
             if semi:
                 images_u, _, valid, strong_u = run.to_device(next(batches_u))
                 active = (step - warmup) // turn % 2  # the teacher that follows the student now
-                with torch.no_grad():
-                    core, assist = (t(images_u) for t in (teachers[active], teachers[1 - active]))
-                    teacher_logits = ensemble_logits(core, assist, cfg.assist_top)  # Eq. (4)
+                pair = teachers[active], teachers[1 - active]
+                with torch.no_grad():  # Eq. (4)
+                    teacher_logits = ensemble_logits(*(t(images_u) for t in pair), cfg.assist_top)
                 # The teachers saw uncut pictures: CutMix cuts their answers as it cuts pictures.
-                views_u = zoom_and_mix(strong_u, teacher_logits, valid, cfg)
-                strong_u, teacher_logits, valid = views_u
-                logits_u = trained(strong_u, r_adv)  # (B, K, H, W)
+                strong_u, teacher_logits, valid = zoom_mix(strong_u, teacher_logits, valid, cfg)
+                logits_u = trained(strong_u, noise)  # (B, K, H, W)
                 valid = valid | cfg.count_padding
                 loss_conf = conf_ce_loss(logits_u, teacher_logits, cfg.threshold, valid)
-                lam = cfg.lam * ramp_up(step - warmup, cfg.ramp * cfg.iters)  # λ(t)
                 loss = loss_sup + lam * loss_conf  # L
+            else:  # in the warm-up teachers that start apart learn by themselves, from weak views
+                for teacher in trained_teachers:
+                    loss = loss + criterion(teacher(images_l), labels_l)
 
         optimizer.zero_grad()
         loss.backward()
@@ -512,7 +512,7 @@ def train(cfg: Config) -> Result:
             schedule.step()
         if semi:
             ema_update(teachers[active], student, cfg.ema_decay)
-        elif not trained_teachers:
+        elif cfg.teachers == "copy":
             for teacher in teachers:
                 ema_update(teacher, student, 0.0)
         run.log(step, loss_sup=loss_sup, loss_conf=loss_conf, lam=lam)

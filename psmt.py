@@ -3,66 +3,75 @@
 Liu, Tian, Chen, Liu, Belagiannis, Carneiro: Perturbed and Strict Mean Teachers for
 Semi-supervised Semantic Segmentation, CVPR 2022, arXiv 2111.12903.
 
-A student learns from labels, and on unlabelled pictures from two teachers, whose weights are
-moving averages of its own. The average of the two teachers' predictions is more accurate than one
-teacher's. Where they are confident, it is taken as a hard label ("strict"), weighted with its
-confidence; where they are not, the pixel does not count. Such targets bear a hard test: the
-student sees another photometry and CutMix, and noise on its features. That noise is adversarial,
-the small step that changes what the teachers' decoders make of the student's features most.
+A student learns from labels and, on unlabelled pictures, from two teachers. A teacher's weights
+are a moving average of the student's; the two take turns, one following the student for a pass
+over the unlabelled pictures, the other for the next, so that they differ. The mean of their
+predictions is better than either. Where it is confident it is a hard label, weighted with its
+confidence ("strict"); elsewhere a pixel does not count. The student must find that label under
+harder conditions ("perturbed"): other colours, CutMix, and adversarial noise on its features, the
+small step that most changes what the teachers' decoders make of them.
 
-Where to find it (of the paper's equation numbers we know only this one)
+Where to find it (we know the number of only one of the paper's equations)
     Eq. (4)    the ensemble: mean of two teachers' logits, then softmax        ensemble_logits
     Conf-CE    hard labels weighted with confidence, above a threshold τ       conf_ce_loss
     T-VAT      r_adv = argmax KL(p(z) || p(z + r)) over ||r|| <= eps           t_vat
-    EMA        teacher <- decay teacher + (1 - decay) student                  ema_update
+    EMA        teacher <- decay teacher + (1 - decay) student, in turns        ema_update, train
     Total      L = L_sup + λ(t) L_conf                                         train, ramp_up
     CutMix, ZoomIn/Out, weak and strong views                     box_masks, mix, zoom, views
 
-Differences from the paper (P) and from the released code (C)
+Differences from the paper (P) and from the released code (C). We had C, but not the text of P: what
+is said of P is from its abstract, notes that others took, and what its authors wrote elsewhere.
     1.  T-VAT's noise has the norm eps, as in P. In C it is nearly zero: its ξ of 1e-6 makes a
         gradient of 1e-14 to 1e-12, and it adds 1e-8 to the norm that it divides by. `--tvat
         released` does so. Our ξ is 1. C's signature has ξ = 0.1 and eps = 10, which it never uses.
-    2.  Labelled features get noise too, as in C; in the warm-up there is none.
-    3.  The ensemble is a plain mean of logits. C first replaces one teacher's logits by the other's
-        outside its seven highest classes: `--assist-top 7`.
+    2.  Labelled features get noise too, as in C; what we have of P does not say. In the warm-up
+        there is none.
+    3.  The ensemble is a plain mean of logits. C first takes the teacher that is not being updated
+        and, outside its seven highest classes, puts the other's logits: `--assist-top 7`.
     4.  `--teachers own`: all three networks start from the pretrained backbone with a head of their
         own, and each learns by itself in the warm-up. `random`: the teachers' backbones start at
         random, as in C, which loads the weights into the student alone. `copy`, ours, for random
-        weights: both teachers are copies of the student until the warm-up ends, since averages of
-        networks that started apart predict nothing.
-    5.  Teachers label in training mode, by the batch's own statistics, as in C: both teachers'
-        running statistics move by that, and those of the one that is updated are averaged with the
-        student's. `--pseudo-eval` labels in eval mode. T-VAT uses the running statistics, as in C.
+        weights and short runs: both teachers are copies of the student until the warm-up ends. The
+        average of networks that started apart predicts nothing until one of them is nearly all of
+        it, and short runs have no time for that.
+    5.  Teachers label in training mode, as in C: BatchNorm uses the batch's own statistics, and
+        each such pass moves the running statistics of both teachers. Those of the one whose turn
+        it is are averaged with the student's besides. `--pseudo-eval` labels in eval mode. T-VAT
+        uses the running statistics, as in C.
     6.  L_conf is a mean over the passing pixels of a process, as in C; by what P divides we could
-        not check. A pixel passes at τ too; in P above it.
+        not check. A pixel passes at τ too; in P above it. Where none passes L_conf is 0 with zero
+        gradient; in C's code for VOC it has no gradient at all, and several GPUs hang.
     7.  Padding of a crop does not teach; in C it does: `--count-padding`.
     8.  Labelled pictures are augmented anew each time; C replays its first pass over them.
-    9.  Cityscapes has OHEM, as in P. C builds it and never calls it: `--no-ohem`.
+    9.  Cityscapes has OHEM, as C's README says of this setting; C builds it and never calls it:
+        `--no-ohem`.
     10. ZoomIn/Out is off: C never runs it for DeepLabv3+, and for PSPNet zooms the target but not
         the picture. `--zoom` does what P describes with C's numbers, before CutMix.
     11. CutMix mixes different pictures: the partner is the one before in the batch. C permutes the
         batch, which can leave a picture its own partner. For Cityscapes the three boxes share a
         partner and cancel where they overlap; in C each has its own.
     12. The model is the mean of the teachers, as in P. C takes teacher 1 alone for Cityscapes, and
-        in its script for pictures, which does not run. The last checkpoint counts; C keeps all.
-    13. The warm-up, 5 passes over the labels, and λ's rise, 12 over the unlabelled pictures, are
-        shares of --iters. C's learning rate, too, is constant until the warm-up ends.
-    14. Left out: negative learning, which C's scripts switch off though it is on by default, and
-        recipes for sets without a published λ (VOC's 1,464).
+        in inference.py, which stops with an error. The last checkpoint counts; C keeps all.
+    13. The warm-up (5 passes over the labels) and λ's rise (12 over the unlabelled pictures) are
+        shares of --iters. The learning rate is constant in the warm-up, as in C.
+    14. Left out: negative learning, which C's scripts switch off (it is on by default, and one of
+        C's cluster jobs leaves it on), recipes for sets without a published λ (VOC's 1,464), and
+        those for U2PL's lists.
     15. A crop's scale is relative to the picture's own size; for VOC C draws the long side, the
         same where that is 500. Resizing is bilinear, C's bicubic; padding is on all sides, C's at
         the bottom and the right. Pictures are evaluated at their own size, in C at multiples of 8;
         Cityscapes in C's windows. Classes that never occur are left out of the mean.
     16. The ResNets are torchvision's, with a 7x7 stem, and ASPP is DeepLabv3+'s; C has a deep stem
-        and an ASPP of its own, and other initial weights for the teachers' heads. Upsampling does
-        not align corners, C's does.
+        and an ASPP of its own. All heads start from He's normal weights; in C the teachers' do, and
+        the student's from PyTorch's default ones. Upsampling does not align corners, C's does.
     17. bf16 autocast on GPUs; C is in float32. T-VAT, and the student's decoder behind it, are in
         float32: bf16 would round much of the noise away.
-    18. Means over pixels and CutMix partners are per process; gradients, and on GPUs BatchNorm, are
-        joint. Labelled pictures are every r-th of the sorted ids, which for VOC are C's lists.
-    19. `--strength` scales the strong view's photometry. Ours: see the README for what the
-        published one does to short runs on small pictures.
+    18. As in C, means over pixels and CutMix partners are per process; gradients, and on GPUs
+        BatchNorm, are joint. `--labeled 1/r` is every r-th of the sorted ids: for VOC C's lists,
+        for Cityscapes not.
+    19. `--strength` scales the strong view's photometry: ours, for short runs on small pictures.
     Nearest to C: --tvat released --teachers random --assist-top 7 --count-padding --no-ohem
+        --amp none; for Cityscapes read teacher1, not miou, in log.jsonl.
 
     python psmt.py    # 0.0 mIoU, mean of three seeds (supervised 0.0); 6 minutes on two CPU cores
 """
@@ -99,22 +108,24 @@ class Config(RunConfig):
     lam: float = 1.5  # λ, weight of Conf-CE after its rise: 0.06 to 1.5 on VOC, 3 on Cityscapes
     ramp: float = 0.15  # share of the steps over which λ rises from 0, after the warm-up
     warmup: float = 0.1  # share of the steps that are supervised, at the start
-    teachers: Literal["own", "random", "copy"] = "copy"  # how they start: see difference 4
+    teachers: Literal["own", "random", "copy"] = "copy"  # start: pretrained, random, the student's
     ema_decay: float = 0.9  # of the teachers: 0.996 in the released code
-    tvat: Literal["on", "off", "released"] = "on"  # feature noise; released: its constants
+    tvat: Literal["on", "off", "released"] = "on"  # feature noise; released: its ξ, next to none
     eps: float = 2.0  # norm of T-VAT's noise, for each picture
     cutmix: Literal["box", "boxes", "off"] = "box"  # one box a picture (VOC), three (Cityscapes)
     zoom: bool = False  # ZoomIn/Out of the strong view
-    assist_top: int = 0  # released code: 7 classes are kept of one teacher; 0: a plain mean
-    pseudo_eval: bool = False  # teachers in eval mode; the released code's are in training mode
+    assist_top: int = 0  # classes kept of the teacher not updated: 7 in the released code; 0: all
+    pseudo_eval: bool = False  # teachers label in eval mode; in the released code in training mode
     count_padding: bool = False  # padding of a crop teaches too, as in the released code
     scales: tuple[float, ...] = (0.75, 1.25)  # smallest and largest scale of a training crop
     strength: float = 0.2  # of the strong view's photometry: 1 in the released code
-    ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes, as the paper says
+    ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes
     width: int = 64  # channels of ASPP and decoder: 256 in the paper
     eval_window: int = 0  # side of the sliding windows of evaluation, pixels; 0: whole pictures
 
 
+# The released code's values, but for teachers, warmup and ramp; those two shares are for `folder`,
+# VOC and Cityscapes take theirs from `lengths`.
 PAPER = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
@@ -161,9 +172,10 @@ def lengths(labels: int, pictures: int, epochs: int, gpus: int, batch: int) -> d
     return dict(iters=iters, warmup=warmup / iters, ramp=12 * epoch / iters, eval_every=10 * epoch)
 
 
-# λ and lengths depend on the labelled set: --dataset and --labeled select them. 92 to 732 are
-# published for lists of finely labelled pictures, and on ResNet-101; a count draws from all. With a
-# list of one's own these values are flags to give.
+# λ and lengths depend on the labelled set; `--dataset voc --labeled 1/4` selects one of these. Any
+# other set (a list, another share) gets those of 1/8: give --lam, --iters, --warmup, --ramp and
+# --eval-every by hand. 92 to 732 were published for lists of finely annotated pictures and
+# ResNet-101; here a count draws from all 10,582 pictures, for ResNet-50.
 LABELED_SETS = {
     f"voc {name}": VOC | dict(labeled=name, lam=lam) | lengths(labels, 10_582, epochs, 4, 8)
     for name, labels, epochs, lam in (
@@ -202,7 +214,7 @@ def ensemble_logits(core: Tensor, assist: Tensor, top: int = 0) -> Tensor:
     if top:
         highest = assist.topk(min(top, assist.shape[1]), dim=1).indices
         kept = torch.zeros_like(assist, dtype=torch.bool).scatter(1, highest, True)
-        assist = torch.where(kept & (assist != 0), assist, core)
+        assist = torch.where(kept, assist, core)
     return (core + assist) / 2
 
 
@@ -212,11 +224,11 @@ def conf_ce_loss(
     threshold: float = 0.6,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Conf-CE: sum of m c CE(student, y) over sum of m, over the pixels of the batch.
+    """Conf-CE = sum of m c CE(student, y) / sum of m, both sums over all pixels of the batch.
 
     student_logits, teacher_logits (B, K, H, W) -> (). Per pixel, c is the highest probability of
     the teachers, y its class, and m = 1 where c >= threshold. valid (B, H, W) bool leaves padding
-    out. A mean over the passing pixels alone; 0, with zero gradient, where none passes.
+    out. Where no pixel passes it is 0, with zero gradient.
     """
     # What teaches is constant: neither label nor confidence passes a gradient back.
     conf, pseudo = teacher_logits.detach().softmax(dim=1).max(dim=1)  # (B, H, W) each
@@ -247,9 +259,9 @@ def t_vat(
     the mode they are in: put BatchNorm in eval mode first. start: d, of any norm but 0; random when
     None. size: (H, W) to which logits are upsampled first. floor: see `unit`.
     """
-    # A smaller ξ measures the curvature at z more exactly, but rounding hides a small step: on GPUs
-    # float32 is convolved as TF32, with 10 bits. Emulated on trained networks, the cosine to the
-    # direction of ξ = 0.01 in float64 is 0.98 and more for ξ = 1, 0.1 to 0.95 for ξ = 0.1.
+    # A small ξ measures the curvature at z exactly, but rounding hides a small step: GPUs convolve
+    # float32 as TF32, with 10 bits. With that rounding emulated on trained networks, the cosine to
+    # the direction of ξ = 0.01 in float64 was at least 0.98 for ξ = 1, but 0.1 to 0.95 for ξ = 0.1.
     z = encoded.detach().to(torch.promote_types(encoded.dtype, torch.float32))
     d = torch.rand_like(z) - 0.5 if start is None else start.to(z)
     d = unit(d, floor).requires_grad_()
@@ -274,7 +286,7 @@ def t_vat(
 
 
 def unit(direction: Tensor, floor: float = 0.0) -> Tensor:
-    """Each sample of (B, C, h, w) divided by its L2 norm + floor, however small it is.
+    """Each sample of (B, C, h, w) divided by (its L2 norm + floor), tiny samples too.
 
     A divergence near its minimum has a tiny gradient. A floor of 1e-8, which the released code
     adds, is far larger, and shrinks the result to nothing.
@@ -354,7 +366,7 @@ def mix(tensor: Tensor, masks: Tensor) -> Tensor:
 
 
 def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ZoomIn/Out: with probability 0.4 a part fills the picture, with 0.2 it shrinks to a part.
+    """ZoomIn/Out: a part fills the frame (probability 0.4), or the picture shrinks in it (0.2).
 
     images (B, 3, H, W) normalised, teacher_logits (B, K, H, W), valid (B, H, W) bool: one draw for
     all. In: a window of 0.1 to 0.3 of the area. Out: 0.3 to 0.5 of the sides, amid padding.
@@ -363,8 +375,7 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
     draw, (height, width) = float(torch.rand(())), valid.shape[1:]
     top, left, box_h, box_w, out_h, out_w = 0, 0, height, width, height, width
     if draw < 0.4:
-        window = RandomResizedCrop.get_params(images, [0.1, 0.3], [0.995, 1.333])
-        top, left, box_h, box_w = window
+        top, left, box_h, box_w = RandomResizedCrop.get_params(images, [0.1, 0.3], [0.995, 1.333])
     elif draw < 0.6:
         scale = 0.3 + 0.2 * float(torch.rand(()))
         out_h, out_w = round(scale * height), round(scale * width)
@@ -385,14 +396,14 @@ def zoom_mix(
     images: Tensor, teacher_logits: Tensor, valid: Tensor, cfg: Config
 ) -> list[Tensor] | tuple[Tensor, ...]:
     """ZoomIn/Out and CutMix, as the flags say, on pictures and on what teaches there alike."""
-    views = images, teacher_logits, valid
+    together = images, teacher_logits, valid
     if cfg.zoom:
-        views = zoom(*views)
+        together = zoom(*together)
     if cfg.cutmix != "off":
         rule = box_masks if cfg.cutmix == "box" else cutmix_masks
         masks = rule(*valid.shape, device=valid.device)
-        views = [mix(tensor, masks) for tensor in views]
-    return views
+        together = [mix(tensor, masks) for tensor in together]
+    return together
 
 
 # --- training ---
@@ -412,7 +423,8 @@ def check_flags(cfg: Config) -> None:
     if cfg.warmup >= 1:
         raise InputError(f"--warmup {cfg.warmup}: must be below 1, the share of the steps")
     if len(cfg.scales) != 2 or cfg.scales[0] > cfg.scales[1]:
-        raise InputError(f"--scales {cfg.scales}: must be two numbers, the smaller one first")
+        given = " ".join(map(str, cfg.scales))
+        raise InputError(f"--scales {given}: must be two numbers, the smaller one first")
     if 0 < cfg.eval_window < 32:
         raise InputError(f"--eval-window {cfg.eval_window}: must be 0, or 32 pixels and more")
 
@@ -430,14 +442,12 @@ def train(cfg: Config) -> Result:
 
     num_classes = len(data.classes)
     build = partial(DeepLabV3Plus, num_classes, cfg.backbone, width=cfg.width)
-    student, teachers = build(weights=cfg.weights), []
+    student = build(weights=cfg.weights)
     check(data, run.rank, run.world)
-    trained, trained_teachers = run.wrap(student), []
-    if cfg.supervised_only:
-        pass
-    elif cfg.teachers == "copy":
+    trained, teachers, trained_teachers = run.wrap(student), [], []
+    if not cfg.supervised_only and cfg.teachers == "copy":
         teachers = [deepcopy(student) for _ in range(2)]
-    else:
+    elif not cfg.supervised_only:
         weights = cfg.weights if cfg.teachers == "own" else "none"
         teachers = [build(weights=weights) for _ in range(2)]
         trained_teachers = [run.wrap(teacher) for teacher in teachers]
@@ -458,7 +468,9 @@ def train(cfg: Config) -> Result:
         steps_u = range(max(run.first - warmup, 0), cfg.iters - warmup)
         drawing_u = run.drawing | {"steps": steps_u}
         batches_u = iter(training_loader(data, "unlabeled", view, **drawing_u))
-    turn = max(len(data.unlabeled) // (cfg.batch_size * run.world), 1)  # steps of such a pass
+    turn = max(
+        len(data.unlabeled) // (cfg.batch_size * run.world), 1
+    )  # steps of one pass, after which the other teacher follows
     val = val_loader(data, whole_view, **run.loading)
     window = (cfg.eval_window, math.ceil(cfg.eval_window * 2 / 3)) if cfg.eval_window else None
 
@@ -477,33 +489,33 @@ def train(cfg: Config) -> Result:
             return t_vat(encoded, *map(decoder, teachers), **options)  # r_adv
 
     for step in run.loop():
-        images_l, labels_l, _, strong_l = run.to_device(next(batches_l))
+        weak_l, labels_l, _, strong_l = run.to_device(next(batches_l))
         semi = bool(teachers) and step >= warmup
-        noise = adversarial_noise if semi and cfg.tvat != "off" else None
+        perturb = adversarial_noise if semi and cfg.tvat != "off" else None
         lam = cfg.lam * ramp_up(step - warmup, cfg.ramp * cfg.iters) if semi else 0.0  # λ(t)
         # From the warm-up's end on the teachers learn by averaging alone.
         ensemble.requires_grad_(not semi).train(not (semi and cfg.pseudo_eval))
         for weight in ensemble.parameters() if step == warmup else ():
             optimizer.state.pop(weight, None)  # their momentum
         with run.autocast():
-            logits_l = trained(strong_l, noise)  # (B, K, H, W)
+            logits_l = trained(strong_l, perturb)  # (B, K, H, W)
             loss = loss_sup = criterion(logits_l, labels_l)
             loss_conf = 0.0
             if semi:
-                images_u, _, valid, strong_u = run.to_device(next(batches_u))
+                weak_u, _, valid, strong_u = run.to_device(next(batches_u))
                 active = (step - warmup) // turn % 2  # the teacher that follows the student now
                 pair = teachers[active], teachers[1 - active]
                 with torch.no_grad():  # Eq. (4)
-                    teacher_logits = ensemble_logits(*(t(images_u) for t in pair), cfg.assist_top)
+                    teacher_logits = ensemble_logits(*(t(weak_u) for t in pair), cfg.assist_top)
                 # The teachers saw uncut pictures: CutMix cuts their answers as it cuts pictures.
                 strong_u, teacher_logits, valid = zoom_mix(strong_u, teacher_logits, valid, cfg)
-                logits_u = trained(strong_u, noise)  # (B, K, H, W)
+                logits_u = trained(strong_u, perturb)  # (B, K, H, W)
                 valid = valid | cfg.count_padding
                 loss_conf = conf_ce_loss(logits_u, teacher_logits, cfg.threshold, valid)
                 loss = loss_sup + lam * loss_conf  # L
             else:  # in the warm-up teachers that start apart learn by themselves, from weak views
                 for teacher in trained_teachers:
-                    loss = loss + criterion(teacher(images_l), labels_l)
+                    loss = loss + criterion(teacher(weak_l), labels_l)
 
         optimizer.zero_grad()
         loss.backward()

@@ -25,10 +25,11 @@ def normalise(images: Tensor) -> Tensor:
 def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
     """The colour jitter, grayscale and blur of a strong view, on pictures (3, H, W) in [0, 1].
 
-    The numbers are PS-MT's. strength in [0, 1] scales the jitter's ranges and the probabilities of
-    grayscale and blur.
+    The numbers are those of PS-MT's released code. strength in [0, 1] scales the jitter's ranges
+    and the probabilities of grayscale and blur.
     """
     jitter = v2.ColorJitter(*(strength * limit for limit in (0.5, 0.5, 0.5, 0.25)))
+    # A kernel of 1, 3 or 5 pixels, of which the first does not blur.
     blurs = [v2.Identity(), v2.GaussianBlur(3, (0.1, 2.0)), v2.GaussianBlur(5, (0.1, 2.0))]
     blur = v2.RandomChoice(blurs, p=[0.404, 0.404, 0.192])
     return v2.Compose(

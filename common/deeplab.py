@@ -100,7 +100,11 @@ class DeepLabV3Plus(nn.Module):
         return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 
     def forward(self, images: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Logits (B, K, H, W); `perturb(encoded)`, when given, is added to the encoding (PS-MT)."""
+        """Logits (B, K, H, W).
+
+        `perturb(encoded)`, when given, is added to the encoding, which is then decoded in float32
+        (PS-MT).
+        """
         encoded, size = self.encode(images), images.shape[-2:]
         if perturb is None:
             return self.classify(self.decode(encoded), size)

@@ -50,7 +50,7 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
     about = "\n\n".join(inspect.getmodule(config).__doc__.split("\n\n")[:3])  # up to the idea
     parser = _Parser(
         description=about,
-        epilog="Values in brackets are those of the recipe that the other flags select.",
+        epilog="Values in brackets are the recipe's, which --dataset (and --labeled) selects.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -724,6 +724,7 @@ def test_validation_shares_cover_each_picture_once():
     assert [len(share) for share in shares] == [3, 2, 2] and len(set(whole)) == 7
     assert sorted(sum(shares, [])) == sorted(whole)
     assert means(workers=1) == whole
+    assert len(next(iter(val_loader(data, whole_view)))[0]) == 7  # drawn pictures come by tens
     data.val = data.val[:2]  # fewer pictures than processes: the last has nothing to do
     assert means(2, 3) == []
 

@@ -546,14 +546,14 @@ def test_train_runs_and_moves_the_weights(flags, few, tmp_path, started):
     assert names == {"config.json", "log.jsonl", "last.pt", "best.pt", "panels.png", "iou.txt"}
 
 
-def test_the_result_is_the_mean_of_the_teachers_and_all_are_scored(few, tmp_path, capsys):
+def test_the_result_is_the_mean_of_the_teachers_and_all_are_scored(few, small, tmp_path, capsys):
     result = run(tmp_path)
     state = saved(tmp_path)
     assert len(state["networks"]) == len(state["arguments"]) == 2
     images = torch.randn(1, 3, 48, 48)
     outputs = []
     for weights, arguments in zip(state["networks"], state["arguments"], strict=True):
-        net = DeepLabV3Plus(**arguments).eval()
+        net = Small(**arguments).eval()
         net.load_state_dict(weights)
         outputs.append(net(images))
     torch.testing.assert_close(result.model(images), (outputs[0] + outputs[1]) / 2)

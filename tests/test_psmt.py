@@ -486,6 +486,22 @@ def test_zoom_moves_pictures_and_targets_alike():
     assert kinds["out"] / 400 == pytest.approx(0.2, abs=0.08)
 
 
+@pytest.mark.parametrize(
+    "flags", [dict(), dict(cutmix="boxes"), dict(cutmix="off"), dict(zoom=True)]
+)
+def test_padding_goes_where_its_picture_goes(flags):
+    """Class 0 is padding in this coding, whatever is cut and zoomed."""
+    label = torch.randint(K, (4, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    images = label[:, None].float().expand(-1, 3, -1, -1)
+    target = F.one_hot(label, K).permute(0, 3, 1, 2).float()
+    cfg, changed = psmt.Config(**flags), False
+    for _ in range(20):
+        _, moved, valid = psmt.zoom_mix(images, target, label > 0, cfg)
+        assert torch.equal(valid, moved[:, 1:].sum(1) > 0)
+        changed |= not torch.equal(moved, target)
+    assert changed == (cfg.cutmix != "off")
+
+
 # --- whole runs ---
 
 TINY = dict(batch_size=2, crop_size=32, width=8, iters=4, eval_every=4, labeled="4", warmup=0.25)
@@ -679,6 +695,7 @@ def test_statistics_of_the_teachers_move_when_they_label(few, small, tmp_path):
         run(tmp_path / str(flag), pseudo_eval=flag)
         for teacher in saved(tmp_path / str(flag))["networks"]:
             assert teacher["backbone.1.num_batches_tracked"] == passes
+            assert teacher["decoder.1.num_batches_tracked"] == passes  # T-VAT moves none
 
 
 def test_teachers_start_as_asked(few, small, tmp_path, started):

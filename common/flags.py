@@ -44,8 +44,9 @@ class RunConfig:
 def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[str]) -> RunConfig:
     """The config of a command line: the dataset's recipe, overridden by the flags given.
 
-    recipes[f"{dataset} {labeled}"] goes before recipes[dataset] where there is one. Fields become
-    flags; the comment behind a field is its help. Raises InputError.
+    recipes[f"{dataset} {labeled}"] and recipes[f"{dataset} {backbone}"] go before recipes[dataset]
+    where there are such. Fields become flags; the comment behind a field is its help. Raises
+    InputError.
     """
     about = "\n\n".join(inspect.getmodule(config).__doc__.split("\n\n")[:3])  # up to the idea
     parser = _Parser(
@@ -73,9 +74,10 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
     choice = _Parser(add_help=False, allow_abbrev=False)
     choice.add_argument("--dataset", default=config.dataset)
     choice.add_argument("--labeled", default="")
+    choice.add_argument("--backbone", default="")
     chosen = choice.parse_known_args(argv)[0]
-    recipe = recipes.get(chosen.dataset, {})
-    parser.set_defaults(**recipes.get(f"{chosen.dataset} {chosen.labeled}", recipe))
+    for special in ("", chosen.backbone, chosen.labeled):
+        parser.set_defaults(**recipes.get(f"{chosen.dataset} {special}".strip(), {}))
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

@@ -13,17 +13,26 @@ def poly_lr(step: int, total: int, power: float = 0.9) -> float:
 
 
 def sgd_poly(
-    networks: Sequence[nn.Module], lr: float, weight_decay: float, iters: int
+    networks: Sequence[nn.Module],
+    lr: float,
+    weight_decay: float,
+    iters: int,
+    shares: Sequence[float] | None = None,
+    decay_all: bool = False,
 ) -> tuple[SGD, PolynomialLR]:
     """SGD with momentum 0.9 over all networks, and the schedule to step once per iteration.
 
-    Weights of convolutions and linear layers decay; BatchNorm's and all biases do not: they are
-    the parameters with a single axis.
+    Weights of convolutions and linear layers decay; BatchNorm's and all biases, which are the
+    parameters with a single axis, do not, unless `decay_all`. shares: what each network takes of
+    the learning rate; all of it when None.
     """
-    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = []
+    for network, share in zip(networks, shares or [1.0] * len(networks), strict=True):
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        for decays in (True, False):
+            chosen = [p for p in parameters if (p.ndim > 1) == decays]
+            decay = weight_decay if decays or decay_all else 0.0
+            groups.append({"params": chosen, "lr": share * lr, "weight_decay": decay})
+    groups = [group for group in groups if group["params"]]
     optimizer = SGD(groups, lr=lr, momentum=0.9)
     return optimizer, PolynomialLR(optimizer, total_iters=iters, power=0.9)

@@ -279,6 +279,18 @@ class Run:
                     dist.all_reduce(statistic)
                     statistic /= self.world
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(N, ...) of each process -> (processes x N, ...) in all of them, constant.
+
+        N and the other sizes must be equal in all processes.
+        """
+        tensor = tensor.detach().contiguous()
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
     def record(self, step: int, ious: Tensor, **others: Tensor) -> None:
         """Log an evaluation after `step`, and write `last.pt`, `iou.txt`, and a better `best.pt`.
 

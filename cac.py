@@ -1,0 +1,583 @@
+"""Directional Context-aware Consistency (CAC).
+
+Lai, Tian, Jiang, Liu, Zhao, Wang, Jia: Semi-supervised Semantic Segmentation with Directional
+Context-aware Consistency, CVPR 2021, arXiv 2106.14133.
+
+A network that knows few labels leans on the surroundings of a pixel: in another crop of the
+picture the same pixel gets another feature. From each unlabelled picture two overlapping crops are
+cut, and in the overlap the two features of a pixel must agree, whatever surrounds them. Only the
+less confident of the two moves (the loss is "directional"), and only towards one that is confident
+itself. A contrastive loss moves it, which also pushes it away from pixels of other classes: of
+both crops, the whole batch and the last steps. Classes are pseudo labels, the network's own.
+
+Where to find it
+    Eq. (1)        contrastive loss of one direction, r = exp(cos / τ)    InfoNCE
+    Eq. (2)        direction: the less confident feature learns           active_anchors
+    Eq. (3)        both directions: l_dc(o1, o2) + l_dc(o2, o1)           train
+    Eq. (4)        pseudo labels                                          ContrastiveNet.features
+    Eq. (5)        negatives of the anchor's own class do not count       InfoNCE
+    Eqs. (6), (7)  targets whose confidence is not above γ do not teach   active_anchors
+    Total          L = L_ce + λ L_dc                                      train
+    The mean over anchors                              directional_contrastive_loss
+    The two crops, their overlap cell by cell          pair_view, overlapping_crops, counterparts
+    F_u, the negatives of both crops, the batch, all processes and the last steps      Bank, train
+
+Differences from the paper (P) and from the released code (C). We had C and P's equations and
+tables, but not P's running text, and follow C where nothing is said.
+    1.  N of Eq. (1) is the number of anchors that learn, in each process and direction, as in C; in
+        P, as far as we could tell, that of all pixels in the overlap.
+    2.  The loss is exact. C adds 1e-8 to the denominator and inside the logarithm, which caps a
+        pixel's loss at 18.4 and makes it positive where there are no negatives; here it is 0 then.
+    3.  Where the two crops disagree on a pixel's class, its target is among the negatives too, as
+        in C; P does not say.
+    4.  Confidence and pseudo labels are those of the features' own pass, in training mode with
+        dropout, at stride 8, as in C. Labelled pictures and the two crops take a pass each, so that
+        BatchNorm sees them apart and its running statistics move three times a step.
+    5.  All cells of both crops are negatives, padding's too. C draws a number of them, which in its
+        configurations is all. `--bank` counts the earlier steps; C's list has one entry more than
+        its `step_save`, and is lost when a run is resumed.
+    6.  Targets and negatives are detached. In C negatives are constant only because gathering them
+        from all GPUs passes no gradient: ports to one GPU must not forget it.
+    7.  Two aligned cells do not see quite the same pixels, as in C: crops are moved by 8 pixels,
+        the backbone's stride is 16. Upsampling here does not align corners; in C it does, which
+        adds a drift of up to three cells at stride 4.
+    8.  Labelled pictures are augmented anew each time; C stores its batches and replays them.
+    9.  Resizing is bilinear; C resizes pictures bicubically. Labelled crops are padded on all
+        sides, in C at the bottom and the right, as crop pairs are here too.
+    10. The warm-up is a share of --iters: 5 of C's 80 epochs of 1,157 steps. Passes over the
+        unlabelled pictures begin after it.
+    11. The last checkpoint counts; C keeps the best of 80 on the validation set. Pictures are
+        evaluated at their own size; C pads them by reflection to multiples of 8. Classes that never
+        occur are left out of the mean.
+    12. `--labeled 1/r` is every r-th of the sorted ids; C has random lists, which `--labeled LIST`
+        reproduces.
+    13. bf16 autocast on GPUs; C is in float32, which the contrastive loss is here too.
+    14. Left out: the extension to image-level labels (not in C either), PSPNet, and Table 3's
+        distance loss without negatives.
+    15. `--strength` scales the crop pairs' photometry: ours, for short runs on small pictures. The
+        embedded dataset's other settings are ours too.
+    Table 3's ablations: --no-projector, --no-context, --no-directed, --no-class-filter, --gamma 0.
+
+    python cac.py    # 55.5 mIoU, mean of three seeds (supervised 46.5); @TIME@ minutes on two CPU cores
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from common.augment import MEAN, normalise, train_view, whole_view
+from common.data import check, load, training_loader, val_loader
+from common.deeplab import DeepLabV3Plus
+from common.losses import cross_entropy
+from common.metrics import evaluate, iou
+from common.optim import sgd_poly
+from common.predict import panels
+from common.run import InputError, Result, Run, RunConfig, main
+
+STRIDE = 8  # pixels: the side of a cell, for which there is one feature
+Box = tuple[int, int, int, int]  # top, left, bottom, right
+
+
+@dataclass
+class Config(RunConfig):
+    """CAC's own settings, here those of the embedded dataset; RECIPES has the others."""
+
+    iters: int = 350  # optimisation steps, the warm-up's included
+    eval_every: int = 175  # steps between two evaluations, each of which writes last.pt
+    weight_decay: float = 1e-4  # on all parameters, BatchNorm's and biases included
+    backbone_lr: float = 1.0  # learning rate of the backbone as a share of --lr: 0.1 in the paper
+    lam: float = 0.1  # λ, weight of the contrastive loss after the warm-up
+    tau: float = 0.1  # τ, temperature of Eq. (1)
+    gamma: float = 0.75  # γ of Eq. (6): confidence above which a target teaches; 0: all teach
+    warmup: float = 0.1  # share of the steps that are supervised, at the start
+    bank: int = 8  # earlier steps whose features are negatives too
+    projector: bool = True  # contrast Φ's features; if not, the decoder's
+    context: bool = True  # two overlapping crops; if not, two views of one crop
+    directed: bool = True  # Eq. (2): only the less confident of two features learns
+    class_filter: bool = True  # Eq. (5): negatives are of another class than the anchor
+    base_size: int = 64  # pixels: what the scales of a picture's long side refer to
+    scales: tuple[float, ...] = (0.75, 1.25)  # smallest, largest long side for labelled crops
+    pair_scales: tuple[float, ...] = (0.8, 1.25)  # smallest, largest long side for crop pairs
+    strength: float = 0.2  # of the pairs' photometry: 1 in the paper
+    jitter: bool = False  # colour jitter of labelled crops: on Cityscapes
+    dropout: float = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 in the paper
+    width: int = 64  # channels of ASPP and decoder: 256 in the paper
+
+
+# The released code's values. 80 epochs of 1,157 steps, whatever the labelled share; the first 5 are
+# the warm-up. 8 + 8 pictures a step, as 4 + 4 on each of 2 GPUs (VOC), 2 + 2 on each of 4
+# (Cityscapes).
+PAPER = dict(
+    backbone="resnet50",
+    weights="IMAGENET1K_V1",
+    crop_size=320,
+    batch_size=8,
+    iters=92_560,
+    eval_every=11_570,
+    lr=0.01,
+    backbone_lr=0.1,
+    lam=0.1,
+    warmup=5 / 80,
+    bank=1,
+    base_size=400,
+    scales=(0.5, 2.0),
+    pair_scales=(0.8, 2.0),
+    strength=1.0,
+    dropout=0.5,
+    width=256,
+    workers=4,
+)
+RECIPES = {
+    "shapes": {},
+    "folder": PAPER | dict(dataset="folder", labeled="all", iters=20_000, eval_every=2_000),
+    "voc": PAPER | dict(dataset="voc", labeled="1/8"),
+    "voc resnet101": PAPER | dict(dataset="voc", labeled="1/8", backbone="resnet101", bank=2),
+    "cityscapes": PAPER
+    | dict(
+        dataset="cityscapes",
+        labeled="1/8",
+        crop_size=720,
+        base_size=2048,
+        lr=0.1,
+        bank=0,
+        jitter=True,
+    ),
+}
+
+
+# --- the method (Sec. 3) ---
+
+
+class InfoNCE(torch.autograd.Function):
+    """Eq. (1) before the mean: -log(r(a, p) / (r(a, p) + sum over n of M r(a, n))) of each anchor.
+
+    r(a, b) = exp(a b / τ); M = 0 where anchor and negative share a class, Eq. (5). Negatives come
+    in chunks, and the matrix of a chunk is gone before the next: the backward pass needs only the
+    gradient, (sum over n of q_n n + q_p p - p) / τ with q the softmax over positive and negatives,
+    whose sums the forward pass makes along the way. Anchors alone get it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        anchor: Tensor,
+        target: Tensor,
+        labels: Tensor | None,
+        negatives: Tensor,
+        negative_labels: Tensor,
+        tau: float,
+        chunk: int,
+    ) -> Tensor:
+        """anchor, target (N, D), labels (N,) or None, negatives (M, D), their labels -> (N,)."""
+        positive = (anchor * target).sum(dim=1) / tau  # (N,)
+        # Sums over what the softmax has seen, relative to exp(peak): of weights, and of features.
+        peak, total, mean = positive, torch.ones_like(positive), target.clone()
+        for part, part_labels in zip(
+            negatives.split(chunk), negative_labels.split(chunk), strict=True
+        ):
+            logits = anchor @ part.T / tau  # (N, chunk)
+            if labels is not None:
+                logits.masked_fill_(labels[:, None] == part_labels, -math.inf)  # Eq. (5)
+            higher = torch.maximum(peak, logits.amax(dim=1))
+            weights, shrink = (logits - higher[:, None]).exp_(), (peak - higher).exp()
+            total = total * shrink + weights.sum(dim=1)
+            mean = mean * shrink[:, None] + weights @ part
+            peak = higher
+        ctx.save_for_backward((mean / total[:, None] - target) / tau)
+        return peak + total.log() - positive
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grad[:, None] * gradient, None, None, None, None, None, None
+
+
+def active_anchors(
+    anchor_conf: Tensor, target_conf: Tensor, gamma: float = 0.75, directed: bool = True
+) -> Tensor:
+    """M_d,pf, Eqs. (2), (6), (7): which anchors learn, (N,) bool.
+
+    Those whose target is more confident than they, strictly, and more than γ.
+    """
+    active = target_conf > gamma
+    return active & (anchor_conf < target_conf) if directed else active
+
+
+def directional_contrastive_loss(
+    anchor: Tensor,
+    target: Tensor,
+    anchor_conf: Tensor,
+    target_conf: Tensor,
+    anchor_labels: Tensor,
+    negatives: Tensor,
+    negative_labels: Tensor,
+    tau: float = 0.1,
+    gamma: float = 0.75,
+    chunk: int = 8192,
+    directed: bool = True,
+    class_filter: bool = True,
+) -> Tensor:
+    """l_dc(anchor, target), Eqs. (1), (5), (7): one direction, mean over the anchors that learn.
+
+    anchor, target (N, D) unit vectors, index-aligned; their confidence and the anchors' pseudo
+    labels (N,); negatives (M, D), negative_labels (M,) -> (). Only anchors get a gradient. 0, with
+    zero gradient, where no anchor learns. Always in float32 or float64.
+    """
+    active = active_anchors(anchor_conf, target_conf, gamma, directed).nonzero()[:, 0]
+    dtype = torch.promote_types(anchor.dtype, torch.float32)
+    with torch.autocast(anchor.device.type, enabled=False):
+        losses = InfoNCE.apply(
+            anchor[active].to(dtype),
+            target.detach()[active].to(dtype),
+            anchor_labels[active] if class_filter else None,
+            negatives.detach().to(dtype),
+            negative_labels,
+            tau,
+            chunk,
+        )
+    return losses.sum() / max(len(active), 1)
+
+
+class Features(NamedTuple):
+    """What the contrastive loss knows of a batch of crops, N cells of STRIDE x STRIDE pixels."""
+
+    phi: Tensor  # (N, D), unit vectors
+    conf: Tensor  # (N,), the highest probability
+    pseudo: Tensor  # (N,), its class, Eq. (4)
+
+    def at(self, cells: Tensor) -> "Features":
+        return Features(*(values[cells] for values in self))
+
+
+class ContrastiveNet(nn.Module):
+    """The segmenter and the projector Φ: one module, so that processes share all its gradients."""
+
+    def __init__(self, network: DeepLabV3Plus, width: int, project: bool = True):
+        super().__init__()
+        self.network = network
+        self.projector = nn.Identity()
+        if project:
+            self.projector = nn.Sequential(
+                nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, 128, 1)
+            )
+
+    def forward(self, images: Tensor, crops: Sequence[Tensor] = ()) -> tuple[Tensor | Features]:
+        """Logits (B, K, H, W) of labelled images, and the Features of each batch of crops."""
+        logits = self.network(images)
+        if not crops:
+            # Several processes wait for a gradient of every parameter: that of Φ is zero here.
+            logits = logits + 0.0 * sum(weight.sum() for weight in self.projector.parameters())
+        return logits, *(self.features(crop) for crop in crops)
+
+    def features(self, images: Tensor) -> Features:
+        """(B, 3, H, W) -> Features of B x H/8 x W/8 cells, row by row."""
+        decoded = self.network.decode(self.network.encode(images))
+        decoded = F.avg_pool2d(decoded, 2)  # (B, width, H/8, W/8)
+        # The classifier learns from labels alone; conf and pseudo labels are constants.
+        with torch.no_grad():
+            probs = self.network.classify(decoded).softmax(dim=1)
+            conf, pseudo = probs.max(dim=1)  # (B, H/8, W/8) each  Eq. (4)
+        phi = self.projector(decoded)
+        phi = F.normalize(phi.to(torch.promote_types(phi.dtype, torch.float32)), dim=1)
+        return Features(phi.permute(0, 2, 3, 1).flatten(0, 2), conf.flatten(), pseudo.flatten())
+
+
+class Bank:
+    """F_u: the features of the last steps, which with the current ones are the negatives."""
+
+    def __init__(self, steps: int):
+        self.past = deque(maxlen=steps)
+
+    def add(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """All negatives, (M, D) and their classes (M,): this step's, given, and the bank's.
+
+        Constants: no gradient passes through what was remembered, or what will be.
+        """
+        current = features.detach(), labels
+        everything = [*self.past, current]
+        self.past.append(current)
+        return tuple(torch.cat(parts) for parts in zip(*everything, strict=True))
+
+    def state_dict(self) -> dict:
+        return {"past": list(self.past)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.past.extend(tuple(entry) for entry in state["past"])
+
+
+# --- two overlapping crops ---
+
+
+def overlapping_crops(
+    height: int,
+    width: int,
+    crop: int,
+    min_iou: float = 0.1,
+    max_iou: float = 1.0,
+    stride: int = STRIDE,
+    tries: int = 50,
+) -> tuple[Box, Box, Box, Box]:
+    """Two crop x crop boxes in a picture, and their common rectangle as each of them sees it.
+
+    A picture smaller than the crop counts as padded at the bottom and the right; the common
+    rectangle leaves padding out. The second box is the first one moved by multiples of the stride,
+    so that all corners of the common rectangle are such multiples. The intersection over union of
+    the boxes is within the bounds; after `tries` draws outside the second box is the first.
+    """
+    room_y, room_x = max(height - crop, 0), max(width - crop, 0)
+
+    def draw(room: int) -> int:
+        return int(torch.randint(room + 1, ()))
+
+    def on_grid(position: int, other: int) -> int:
+        position = other + (position - other) // stride * stride
+        return position if position >= 0 else position + stride
+
+    y1, x1 = draw(room_y), draw(room_x)
+    for _ in range(tries):
+        y2, x2 = on_grid(draw(room_y), y1), on_grid(draw(room_x), x1)
+        common = max(crop - abs(y2 - y1), 0) * max(crop - abs(x2 - x1), 0)
+        if min_iou <= common / (2 * crop**2 - common) <= max_iou:
+            break
+    else:
+        y2, x2 = y1, x1
+
+    def seen(y: int, x: int, other_y: int, other_x: int) -> Box:
+        bottom = min(crop, crop + other_y - y, height // stride * stride)
+        right = min(crop, crop + other_x - x, width // stride * stride)
+        return max(0, other_y - y), max(0, other_x - x), bottom, right
+
+    return (
+        (y1, x1, y1 + crop, x1 + crop),
+        (y2, x2, y2 + crop, x2 + crop),
+        seen(y1, x1, y2, x2),
+        seen(y2, x2, y1, x1),
+    )
+
+
+def counterparts(
+    common1: Box, common2: Box, flipped1: bool, flipped2: bool, crop: int, stride: int = STRIDE
+) -> Tensor:
+    """For each cell of crop 1, row by row, the cell of crop 2 that shows the same place, or -1.
+
+    common1, common2: the common rectangle in the crops before flipping, in pixels -> (cells,)
+    int64, for the crops as they are after it.
+    """
+    side = crop // stride
+    cells2 = torch.arange(side**2).view(side, side)
+    cells2 = cells2.flip(-1) if flipped2 else cells2
+    match = torch.full((side, side), -1)
+    (top1, left1, bottom1, right1), (top2, left2, bottom2, right2) = (
+        [edge // stride for edge in box] for box in (common1, common2)
+    )
+    match[top1:bottom1, left1:right1] = cells2[top2:bottom2, left2:right2]
+    return (match.flip(-1) if flipped1 else match).flatten()
+
+
+def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """Blur, colour jitter and grayscale of a crop (3, H, W) in [0, 1].
+
+    strength in [0, 1] scales the jitter's ranges and the probabilities of blur and grayscale.
+    """
+    blur = v2.GaussianBlur(5, (1.1, 1.1))
+    return v2.Compose(
+        [
+            v2.RandomApply([blur], p=0.5 * strength),
+            v2.RandomApply([jitter(strength)], p=0.8),
+            v2.RandomGrayscale(p=0.2 * strength),
+        ]
+    )
+
+
+def jitter(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
+    return v2.ColorJitter(*(strength * limit for limit in (0.4, 0.4, 0.4, 0.1)))
+
+
+def draw_scale(image: Tensor, base_size: int, scales: tuple[float, float]) -> float:
+    """What scales the long side of a picture (3, H, W) to a random length between two bounds."""
+    low, high = (int(scale * base_size) for scale in scales)
+    return int(torch.randint(low, high + 1, ())) / max(image.shape[-2:])
+
+
+def labeled_view(
+    image: Tensor,
+    label: Tensor,
+    crop: int,
+    base_size: int,
+    scales: tuple[float, float],
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """A labelled crop, its label and valid pixels."""
+    scale = draw_scale(image, base_size, scales)
+    image, label, valid, *changed = train_view(image, label, crop, (scale,), change)
+    return (changed or [image])[0], label, valid
+
+
+def pair_view(
+    image: Tensor,
+    label: Tensor,
+    crop: int,
+    base_size: int,
+    scales: tuple[float, float],
+    change: Callable[[Tensor], Tensor],
+    min_iou: float = 0.1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two overlapping crops (3, crop, crop) of a picture (3, H, W) uint8, and their counterparts.
+
+    Flip and photometry are each crop's own. No label is used.
+    """
+    scale = draw_scale(image, base_size, scales)
+    height, width = (max(round(scale * side), 1) for side in image.shape[-2:])
+    image = v2.functional.resize(image, [height, width], antialias=False)
+    image = v2.functional.to_dtype(image, torch.float32, scale=True)
+    mean = torch.tensor(MEAN)[:, None, None]
+    padding = (0, max(crop - width, 0), 0, max(crop - height, 0))
+    image = F.pad(image - mean, padding) + mean
+
+    *boxes, common1, common2 = overlapping_crops(height, width, crop, min_iou)
+    views, flipped = [], []
+    for top, left, bottom, right in boxes:
+        view = image[:, top:bottom, left:right]
+        flipped.append(bool(torch.rand(()) < 0.5))
+        view = view.flip(-1) if flipped[-1] else view
+        views.append(normalise(change(view)))
+    return *views, counterparts(common1, common2, *flipped, crop)
+
+
+def overlap(match: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of counterparts (B, cells) -> aligned indices (n,), (n,) into its B x cells cells."""
+    inside = match >= 0
+    first = torch.arange(len(match))[:, None] * match.shape[1]  # of each picture
+    return inside.flatten().nonzero()[:, 0], (match + first)[inside]
+
+
+def share(flags: Tensor) -> Tensor:
+    """The share of True, 0 of none."""
+    return flags.sum() / max(flags.numel(), 1)
+
+
+# --- training (Sec. 4) ---
+
+
+def check_flags(cfg: Config) -> None:
+    """Raise InputError for flags of this script that cannot be right."""
+    for name in ("gamma", "backbone_lr", "strength", "dropout"):
+        if getattr(cfg, name) > 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(cfg, name)}: must be between 0 and 1")
+    if cfg.warmup >= 1:
+        raise InputError(f"--warmup {cfg.warmup}: must be below 1, the share of the steps")
+    if not cfg.tau:
+        raise InputError(f"--tau {cfg.tau}: must be positive")
+    for name in ("scales", "pair_scales"):
+        scales, flag = getattr(cfg, name), name.replace("_", "-")
+        given = f"--{flag} {' '.join(map(str, scales))}"
+        if len(scales) != 2 or scales[0] > scales[1]:
+            raise InputError(f"{given}: must be two numbers, the smaller one first")
+        if scales[0] * cfg.base_size < STRIDE:
+            raise InputError(f"{given}: times --base-size {cfg.base_size} is under {STRIDE} pixels")
+
+
+def train(cfg: Config) -> Result:
+    """Run the experiment; the result's model is the network without Φ.
+
+    Raises InputError for flags and files that cannot be right.
+    """
+    run = Run("cac", cfg)
+    check_flags(cfg)
+    data = load(cfg.dataset, cfg.data_path, cfg.labeled, cfg.unlabeled, cfg.seed)
+    run.print(data.summary())
+
+    num_classes = len(data.classes)
+    network = DeepLabV3Plus(
+        num_classes,
+        cfg.backbone,
+        cfg.weights,
+        cfg.width,
+        aspp_dropout=cfg.dropout,
+        decoder_dropout=cfg.dropout,
+        classifier_dropout=cfg.dropout / 5,
+    )
+    check(data, run.rank, run.world)
+    whole = ContrastiveNet(network, cfg.width, cfg.projector and not cfg.supervised_only)
+    trained, bank = run.wrap(whole), Bank(cfg.bank)
+    head = nn.ModuleList(part for part in network.children() if part is not network.backbone)
+    head.append(whole.projector)
+    parts, shares = [network.backbone, head], [cfg.backbone_lr, 1.0]
+    optimizer, schedule = sgd_poly(parts, cfg.lr, cfg.weight_decay, cfg.iters, shares, True)
+    state = dict(network=whole, optimizer=optimizer, schedule=schedule, bank=bank)
+    run.start([network], data, state)
+
+    warmup = cfg.iters if cfg.supervised_only else round(cfg.warmup * cfg.iters)
+    size = dict(crop=cfg.crop_size, base_size=cfg.base_size)
+    change_l, change_u = jitter(cfg.strength) if cfg.jitter else None, photometry(cfg.strength)
+    view_l = partial(labeled_view, **size, scales=cfg.scales, change=change_l)
+    view_u = partial(pair_view, **size, scales=cfg.pair_scales, change=change_u)
+    if not cfg.context:
+        view_u = partial(view_u, min_iou=1.0)
+    batches_l = iter(training_loader(data, "labeled", view_l, **run.drawing))
+    # The passes over the unlabelled pictures begin when the warm-up is over.
+    steps_u = range(max(run.first - warmup, 0), cfg.iters - warmup)
+    drawing_u = run.drawing | {"steps": steps_u}
+    batches_u = iter(training_loader(data, "unlabeled", view_u, **drawing_u))
+    val = val_loader(data, whole_view, **run.loading)
+
+    contrast = partial(
+        directional_contrastive_loss,
+        tau=cfg.tau,
+        gamma=cfg.gamma,
+        directed=cfg.directed,
+        class_filter=cfg.class_filter,
+    )
+
+    for step in run.loop():
+        images_l, labels_l, _ = run.to_device(next(batches_l))
+        semi, crops = step >= warmup, []
+        if semi:
+            *crops, match = next(batches_u)
+            # Found before the device has them, so that it need not be waited for.
+            cells1, cells2 = run.to_device(overlap(match))
+            crops = run.to_device(crops)
+        with run.autocast():
+            # logits (B, K, H, W); of each crop, the features of B x H/8 x W/8 cells
+            logits_l, *pair = trained(images_l, crops)
+            loss = loss_sup = cross_entropy(logits_l, labels_l)  # L_ce
+            if semi:
+                phi, _, pseudo = (torch.cat(values) for values in zip(*pair, strict=True))
+                negatives = bank.add(run.gather(phi), run.gather(pseudo))  # F_u and its classes
+                o1, o2 = pair[0].at(cells1), pair[1].at(cells2)  # the overlap
+                loss_12 = contrast(o1.phi, o2.phi, o1.conf, o2.conf, o1.pseudo, *negatives)
+                loss_21 = contrast(o2.phi, o1.phi, o2.conf, o1.conf, o2.pseudo, *negatives)
+                loss_dc = loss_12 + loss_21  # Eq. (3)
+                loss = loss_sup + cfg.lam * loss_dc  # L
+                taught = share(torch.maximum(o1.conf, o2.conf) > cfg.gamma)
+                disagree = share(o1.pseudo != o2.pseudo)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        others = dict(loss_dc=loss_dc, taught=taught, disagree=disagree) if semi else {}
+        run.log(step, loss_sup=loss_sup, **others)
+        if run.due(step):
+            run.average_buffers(network)
+            with run.autocast():
+                ious = iou(evaluate(network, val, num_classes, run.device))
+            run.record(step, ious)
+
+    if run.rank == 0:
+        panels(network, data, run.folder / "panels.png", run.device)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main(train, Config, RECIPES)

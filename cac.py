@@ -76,18 +76,19 @@ from torchvision.transforms import v2
 from common.augment import MEAN, normalise, train_view, whole_view
 from common.data import check, load, training_loader, val_loader
 from common.deeplab import DeepLabV3Plus
+from common.flags import SemiConfig
 from common.losses import cross_entropy
 from common.metrics import evaluate, iou
 from common.optim import sgd_poly
 from common.predict import panels
-from common.run import InputError, Result, Run, RunConfig, main
+from common.run import InputError, Result, Run, main
 
 STRIDE = 8  # pixels: the side of a cell, for which there is one feature
 Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 @dataclass
-class Config(RunConfig):
+class Config(SemiConfig):
     """CAC's own settings, here those of the embedded dataset; RECIPES has the others."""
 
     iters: int = 350  # optimisation steps, the warm-up's included

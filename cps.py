@@ -74,17 +74,18 @@ from torch import Tensor, nn
 from common.augment import cutmix_masks, photometry, train_view, whole_view
 from common.data import VOID, check, load, training_loader, val_loader
 from common.deeplab import DeepLabV3Plus
+from common.flags import SemiConfig
 from common.losses import cross_entropy, ohem_cross_entropy
 from common.metrics import evaluate, iou
 from common.optim import sgd_poly
 from common.predict import panels
-from common.run import InputError, Result, Run, RunConfig, main
+from common.run import InputError, Result, Run, main
 
 Supervision = Literal["cps", "prob_l2", "prob_kl", "mean_teacher", "single", "pseudoseg"]
 
 
 @dataclass
-class Config(RunConfig):
+class Config(SemiConfig):
     """CPS's own settings, here those of the embedded dataset; RECIPES has the others."""
 
     supervision: Supervision = "cps"  # beside the labels: CPS, or an alternative of the Discussions

@@ -92,15 +92,16 @@ from torchvision.transforms import RandomResizedCrop
 from common.augment import cutmix_masks, photometry, train_view, whole_view
 from common.data import check, load, training_loader, val_loader
 from common.deeplab import DeepLabV3Plus, Ensemble
+from common.flags import SemiConfig
 from common.losses import cross_entropy, ohem_cross_entropy
 from common.metrics import evaluate, evaluating, iou
 from common.optim import sgd_poly
 from common.predict import panels
-from common.run import InputError, Result, Run, RunConfig, main
+from common.run import InputError, Result, Run, main
 
 
 @dataclass
-class Config(RunConfig):
+class Config(SemiConfig):
     """PS-MT's own settings, here those of the embedded dataset; RECIPES has the others."""
 
     iters: int = 350  # optimisation steps, the warm-up's included

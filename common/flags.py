@@ -22,8 +22,6 @@ class RunConfig:
 
     dataset: Literal["shapes", "folder", "voc", "cityscapes"] = "shapes"  # selects the recipe too
     data_path: str = ""  # the dataset's root folder; shapes needs none
-    labeled: str = "1/40"  # 1/r, a count, all, or a list file
-    unlabeled: str = ""  # a list file or a folder; empty: the training pictures not labelled
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # of DeepLabv3+
     weights: str = "none"  # none (random), a torchvision name such as IMAGENET1K_V1, or a path
     crop_size: int = 48  # side of a training crop in pixels, a multiple of 8
@@ -38,6 +36,14 @@ class RunConfig:
     seed: int = 0  # of initial weights, batches and every step's randomness
     output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>-<labeled>-s<seed>
     resume: bool = False  # continue the run in the output folder
+
+
+@dataclass
+class SemiConfig(RunConfig):
+    """The flags of the scripts that learn from labelled and unlabelled pictures."""
+
+    labeled: str = "1/40"  # 1/r, a count, all, or a list file
+    unlabeled: str = ""  # a list file or a folder; empty: the training pictures not labelled
     supervised_only: bool = False  # the baseline: labelled pictures alone, at the same budget
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.flags import InputError, RunConfig
+from common.flags import InputError, RunConfig, SemiConfig
 
 
 def choose_folder(script: str, cfg: RunConfig) -> Path:
@@ -23,8 +23,11 @@ def choose_folder(script: str, cfg: RunConfig) -> Path:
                 "run with --resume"
             )
         return folder
-    labeled = re.sub(r"[^\w.]+", "_", Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled)
-    name = f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
+    name = f"{script}-{cfg.dataset}-s{cfg.seed}"
+    if isinstance(cfg, SemiConfig):
+        labeled = Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled
+        labeled = re.sub(r"[^\w.]+", "_", labeled)
+        name = f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
     taken = {
         int(match[1] or 1)
         for folder in Path("runs").glob(f"{name}*")

@@ -82,7 +82,7 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
     choice.add_argument("--labeled", default="")
     choice.add_argument("--backbone", default="")
     chosen = choice.parse_known_args(argv)[0]
-    for special in ("", chosen.backbone, chosen.labeled):
+    for special in dict.fromkeys(("", chosen.backbone, chosen.labeled)):
         parser.set_defaults(**recipes.get(f"{chosen.dataset} {special}".strip(), {}))
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -27,35 +27,38 @@ tables, but not P's running text, and follow C where nothing is said.
     1.  N of Eq. (1) is the number of anchors that learn, in each process and direction, as in C; in
         P, as far as we could tell, that of all pixels in the overlap.
     2.  The loss is exact. C adds 1e-8 to the denominator and inside the logarithm, which caps a
-        pixel's loss at 18.4 and makes it positive where there are no negatives; here it is 0 then.
+        pixel's loss at 18.4 and can make it positive where there are no negatives (here it is 0),
+        and 1e-12 to N.
     3.  Where the two crops disagree on a pixel's class, its target is among the negatives too, as
-        in C; P does not say.
+        in C; P does not say. Without the class filter it always is, and so is the anchor itself.
     4.  Confidence and pseudo labels are those of the features' own pass, in training mode with
         dropout, at stride 8, as in C. Labelled pictures and the two crops take a pass each, so that
-        BatchNorm sees them apart and its running statistics move three times a step.
+        BatchNorm sees them apart; its running statistics move three times a step, in the warm-up
+        once.
     5.  All cells of both crops are negatives, padding's too. C draws a number of them, which in its
-        configurations is all. `--bank` counts the earlier steps; C's list has one entry more than
-        its `step_save`, and is lost when a run is resumed.
+        configurations is all. `--bank` is C's `step_save`, the steps before this one; C loses them
+        when a run is resumed.
     6.  Targets and negatives are detached. In C negatives are constant only because gathering them
-        from all GPUs passes no gradient: ports to one GPU must not forget it.
+        from all GPUs passes no gradient.
     7.  Two aligned cells do not see quite the same pixels, as in C: crops are moved by 8 pixels,
         the backbone's stride is 16. Upsampling here does not align corners; in C it does, which
         adds a drift of up to three cells at stride 4.
     8.  Labelled pictures are augmented anew each time; C stores its batches and replays them.
-    9.  Resizing is bilinear; C resizes pictures bicubically. Labelled crops are padded on all
-        sides, in C at the bottom and the right, as crop pairs are here too.
+    9.  Resizing is bilinear without antialiasing; C's is Pillow's bicubic, which smooths where it
+        shrinks. Labelled crops are padded on all sides, in C at the bottom and the right, as crop
+        pairs are here too.
     10. The warm-up is a share of --iters: 5 of C's 80 epochs of 1,157 steps. Passes over the
-        unlabelled pictures begin after it.
+        unlabelled pictures begin after it; in C, at the start.
     11. The last checkpoint counts; C keeps the best of 80 on the validation set. Pictures are
         evaluated at their own size; C pads them by reflection to multiples of 8. Classes that never
         occur are left out of the mean.
-    12. `--labeled 1/r` is every r-th of the sorted ids; C has random lists, which `--labeled LIST`
-        reproduces.
-    13. bf16 autocast on GPUs; C is in float32, which the contrastive loss is here too.
+    12. `--labeled 1/r` is every r-th of the sorted ids. C has random lists: `--labeled LIST` takes
+        those for VOC, and of those for Cityscapes the pictures, whose masks have other values.
+    13. bf16 autocast on GPUs, of which confidence and Φ are part; C is in float32. The contrastive
+        loss is in float32 here too.
     14. Left out: the extension to image-level labels (not in C either), PSPNet, and Table 3's
         distance loss without negatives.
-    15. `--strength` scales the crop pairs' photometry: ours, for short runs on small pictures. The
-        embedded dataset's other settings are ours too.
+    15. `--strength` scales the crop pairs' photometry: ours, for short runs on small pictures.
     Table 3's ablations: --no-projector, --no-context, --no-directed, --no-class-filter, --gamma 0.
 
     python cac.py    # 55.5 mIoU, mean of three seeds (supervised 46.5); 4 minutes on two CPU cores
@@ -89,43 +92,43 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 @dataclass
 class Config(SemiConfig):
-    """CAC's own settings, here those of the embedded dataset; RECIPES has the others."""
+    """CAC's own settings, here those of the embedded dataset; RECIPES has the released ones."""
 
     iters: int = 350  # optimisation steps, the warm-up's included
     eval_every: int = 175  # steps between two evaluations, each of which writes last.pt
     weight_decay: float = 1e-4  # on all parameters, BatchNorm's and biases included
-    backbone_lr: float = 1.0  # learning rate of the backbone as a share of --lr: 0.1 in the paper
+    backbone_lr: float = 1.0  # the backbone's learning rate as a share of --lr: 0.1 released
     lam: float = 0.1  # λ, weight of the contrastive loss after the warm-up
     tau: float = 0.1  # τ, temperature of Eq. (1)
     gamma: float = 0.75  # γ of Eq. (6): confidence above which a target teaches; 0: all teach
     warmup: float = 0.1  # share of the steps that are supervised, at the start
-    bank: int = 8  # earlier steps whose features are negatives too
+    bank: int = 8  # earlier steps whose features are negatives too: 0 to 2 released
     projector: bool = True  # contrast Φ's features; if not, the decoder's
     context: bool = True  # two overlapping crops; if not, two views of one crop
     directed: bool = True  # Eq. (2): only the less confident of two features learns
     class_filter: bool = True  # Eq. (5): negatives are of another class than the anchor
-    base_size: int = 64  # pixels: what the scales of a picture's long side refer to
+    base_size: int = 64  # pixels, near your pictures' long side: what the scales refer to
     scales: tuple[float, ...] = (0.75, 1.25)  # smallest, largest long side for labelled crops
     pair_scales: tuple[float, ...] = (0.8, 1.25)  # smallest, largest long side for crop pairs
-    strength: float = 0.2  # of the pairs' photometry: 1 in the paper
+    strength: float = 0.2  # of the crop pairs' photometry: 1 released
     jitter: bool = False  # colour jitter of labelled crops: on Cityscapes
-    dropout: float = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 in the paper
-    width: int = 64  # channels of ASPP and decoder: 256 in the paper
+    dropout: float = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 released
+    width: int = 64  # channels of ASPP and decoder: 256 released
 
 
 # The released code's values. 80 epochs of 1,157 steps, whatever the labelled share; the first 5 are
 # the warm-up. 8 + 8 pictures a step, as 4 + 4 on each of 2 GPUs (VOC), 2 + 2 on each of 4
 # (Cityscapes).
-PAPER = dict(
+RELEASED = dict(
+    dataset="voc",
+    labeled="1/8",
     backbone="resnet50",
     weights="IMAGENET1K_V1",
     crop_size=320,
-    batch_size=8,
     iters=92_560,
     eval_every=11_570,
     lr=0.01,
     backbone_lr=0.1,
-    lam=0.1,
     warmup=5 / 80,
     bank=1,
     base_size=400,
@@ -136,21 +139,13 @@ PAPER = dict(
     width=256,
     workers=4,
 )
+CITYSCAPES = dict(dataset="cityscapes", crop_size=720, base_size=2048, lr=0.1, bank=0, jitter=True)
 RECIPES = {
     "shapes": {},
-    "folder": PAPER | dict(dataset="folder", labeled="all", iters=20_000, eval_every=2_000),
-    "voc": PAPER | dict(dataset="voc", labeled="1/8"),
-    "voc resnet101": PAPER | dict(dataset="voc", labeled="1/8", backbone="resnet101", bank=2),
-    "cityscapes": PAPER
-    | dict(
-        dataset="cityscapes",
-        labeled="1/8",
-        crop_size=720,
-        base_size=2048,
-        lr=0.1,
-        bank=0,
-        jitter=True,
-    ),
+    "folder": RELEASED | dict(dataset="folder", labeled="all", iters=20_000, eval_every=2_000),
+    "voc": RELEASED,
+    "voc resnet101": RELEASED | dict(backbone="resnet101", bank=2),
+    "cityscapes": RELEASED | CITYSCAPES,
 }
 
 
@@ -180,21 +175,22 @@ class InfoNCE(torch.autograd.Function):
         """anchor, target (N, D), labels (N,) or None, negatives (M, D), their labels -> (N,)."""
         positive = (anchor * target).sum(dim=1) / tau  # (N,)
         # Sums over what the softmax has seen, relative to exp(peak): of weights, and of features.
-        peak, total, mean = positive, torch.ones_like(positive), target.clone()
+        peak, mass, pull = positive, torch.ones_like(positive), target
         for first in range(0, len(negatives), chunk):
             part = negatives[first : first + chunk]
             logits = (anchor @ part.T).div_(tau)  # (N, chunk)
             if labels is not None:  # Eq. (5)
                 same = labels[:, None] == negative_labels[first : first + chunk]
                 logits.masked_fill_(same, -math.inf)
+                del same
             higher = torch.maximum(peak, logits.amax(dim=1))
             weights, shrink = logits.sub_(higher[:, None]).exp_(), (peak - higher).exp()
-            total = total * shrink + weights.sum(dim=1)
-            mean = mean * shrink[:, None] + weights @ part
+            mass = mass * shrink + weights.sum(dim=1)
+            pull = pull * shrink[:, None] + weights @ part
             peak = higher
             del logits, weights  # before the next chunk's
-        ctx.save_for_backward((mean / total[:, None] - target) / tau)
-        return peak + total.log() - positive
+        ctx.save_for_backward((pull / mass[:, None] - target) / tau)
+        return peak + mass.log() - positive
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -234,6 +230,7 @@ def directional_contrastive_loss(
     labels (N,); negatives (M, D), negative_labels (M,) -> (). Only anchors get a gradient. 0, with
     zero gradient, where no anchor learns. Always in float32 or float64.
     """
+    # How many learn decides the shapes below: here the host waits for the device.
     active = active_anchors(anchor_conf, target_conf, gamma, directed).nonzero()[:, 0]
     dtype = torch.promote_types(anchor.dtype, torch.float32)
     with torch.autocast(anchor.device.type, enabled=False):
@@ -278,7 +275,7 @@ class ContrastiveNet(nn.Module):
         """Logits (B, K, H, W) of labelled images, and the Features of each batch of crops."""
         logits = self.network(images)
         if not crops:
-            # Several processes wait for a gradient of every parameter: that of Φ is zero here.
+            # DistributedDataParallel waits for all gradients: that of Φ is zero here.
             logits = logits + 0.0 * sum(weight.sum() for weight in self.projector.parameters())
         return logits, *(self.features(crop) for crop in crops)
 
@@ -301,10 +298,10 @@ class Bank:
     def __init__(self, steps: int):
         self.past = deque(maxlen=steps)
 
-    def add(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def extended(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """All negatives, (M, D) and their classes (M,): this step's, given, and the bank's.
 
-        Constants: no gradient passes through what was remembered, or what will be.
+        The bank remembers this step's. All are constants, without a gradient.
         """
         current = features.detach(), labels
         everything = [*self.past, current]
@@ -318,7 +315,7 @@ class Bank:
         self.past.extend(tuple(entry) for entry in state["past"])
 
 
-# --- two overlapping crops ---
+# --- data views ---
 
 
 def overlapping_crops(
@@ -332,40 +329,38 @@ def overlapping_crops(
 ) -> tuple[Box, Box, Box, Box]:
     """Two crop x crop boxes in a picture, and their common rectangle as each of them sees it.
 
-    A picture smaller than the crop counts as padded at the bottom and the right; the common
-    rectangle leaves padding out. The second box is the first one moved by multiples of the stride,
-    so that all corners of the common rectangle are such multiples. The intersection over union of
-    the boxes is within the bounds; after `tries` draws outside the second box is the first.
+    crop is a multiple of the stride. A picture smaller than the crop counts as padded at the bottom
+    and the right; the common rectangle leaves padding out. The second box is the first one moved by
+    multiples of the stride, so that all corners of the common rectangle are such multiples. The
+    intersection over union of the boxes is within the bounds; after `tries` draws, from torch's
+    generator, outside them the second box is the first.
     """
-    room_y, room_x = max(height - crop, 0), max(width - crop, 0)
 
-    def draw(room: int) -> int:
-        return int(torch.randint(room + 1, ()))
+    def draw(size: int) -> int:
+        return int(torch.randint(max(size - crop, 0) + 1, ()))
 
-    def on_grid(position: int, other: int) -> int:
-        position = other + (position - other) // stride * stride
-        return position if position >= 0 else position + stride
+    def move(size: int, start: int) -> int:
+        step = (draw(size) - start) // stride * stride
+        return step if start + step >= 0 else step + stride
 
-    y1, x1 = draw(room_y), draw(room_x)
+    y, x = draw(height), draw(width)
     for _ in range(tries):
-        y2, x2 = on_grid(draw(room_y), y1), on_grid(draw(room_x), x1)
-        common = max(crop - abs(y2 - y1), 0) * max(crop - abs(x2 - x1), 0)
+        down, right = move(height, y), move(width, x)
+        common = max(crop - abs(down), 0) * max(crop - abs(right), 0)
         if min_iou <= common / (2 * crop**2 - common) <= max_iou:
             break
     else:
-        y2, x2 = y1, x1
+        down, right = 0, 0
 
-    def seen(y: int, x: int, other_y: int, other_x: int) -> Box:
-        bottom = min(crop, crop + other_y - y, height // stride * stride)
-        right = min(crop, crop + other_x - x, width // stride * stride)
-        return max(0, other_y - y), max(0, other_x - x), bottom, right
+    def seen(down: int, right: int) -> Box:  # from a box, the other being so far down and right
+        top, left = max(0, down), max(0, right)
+        bottom = min(crop, crop + down, height // stride * stride)
+        end = min(crop, crop + right, width // stride * stride)
+        return top, left, max(top, bottom), max(left, end)
 
-    return (
-        (y1, x1, y1 + crop, x1 + crop),
-        (y2, x2, y2 + crop, x2 + crop),
-        seen(y1, x1, y2, x2),
-        seen(y2, x2, y1, x1),
-    )
+    first = y, x, y + crop, x + crop
+    second = y + down, x + right, y + down + crop, x + right + crop
+    return first, second, seen(down, right), seen(-down, -right)
 
 
 def counterparts(
@@ -387,6 +382,10 @@ def counterparts(
     return (match.flip(-1) if flipped1 else match).flatten()
 
 
+def jitter(strength: float = 1.0) -> v2.ColorJitter:
+    return v2.ColorJitter(*(strength * limit for limit in (0.4, 0.4, 0.4, 0.1)))
+
+
 def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
     """Blur, colour jitter and grayscale of a crop (3, H, W) in [0, 1].
 
@@ -402,10 +401,6 @@ def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
     )
 
 
-def jitter(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
-    return v2.ColorJitter(*(strength * limit for limit in (0.4, 0.4, 0.4, 0.1)))
-
-
 def draw_scale(image: Tensor, base_size: int, scales: tuple[float, float]) -> float:
     """What scales the long side of a picture (3, H, W) to a random length between two bounds."""
     low, high = (int(scale * base_size) for scale in scales)
@@ -418,12 +413,12 @@ def labeled_view(
     crop: int,
     base_size: int,
     scales: tuple[float, float],
-    change: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    """A labelled crop, its label and valid pixels."""
+    change: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """A crop of a labelled picture (3, H, W) uint8, its photometry changed, and its label."""
     scale = draw_scale(image, base_size, scales)
-    image, label, valid, *changed = train_view(image, label, crop, (scale,), change)
-    return (changed or [image])[0], label, valid
+    _, label, _, image = train_view(image, label, crop, (scale,), change)
+    return image, label
 
 
 def pair_view(
@@ -460,11 +455,6 @@ def overlap(match: Tensor) -> tuple[Tensor, Tensor]:
     inside = match >= 0
     first = torch.arange(len(match))[:, None] * match.shape[1]  # of each picture
     return inside.flatten().nonzero()[:, 0], (match + first)[inside]
-
-
-def share(flags: Tensor) -> Tensor:
-    """The share of True, 0 of none."""
-    return flags.sum() / max(flags.numel(), 1)
 
 
 # --- training (Sec. 4) ---
@@ -510,27 +500,27 @@ def train(cfg: Config) -> Result:
         classifier_dropout=cfg.dropout / 5,
     )
     check(data, run.rank, run.world)
-    whole = ContrastiveNet(network, cfg.width, cfg.projector and not cfg.supervised_only)
-    trained, bank = run.wrap(whole), Bank(cfg.bank)
+    net = ContrastiveNet(network, cfg.width, cfg.projector and not cfg.supervised_only)
+    trained, bank = run.wrap(net), Bank(cfg.bank)
     head = nn.ModuleList(part for part in network.children() if part is not network.backbone)
-    head.append(whole.projector)
-    parts, shares = [network.backbone, head], [cfg.backbone_lr, 1.0]
-    optimizer, schedule = sgd_poly(parts, cfg.lr, cfg.weight_decay, cfg.iters, shares, True)
-    state = dict(network=whole, optimizer=optimizer, schedule=schedule, bank=bank)
+    head.append(net.projector)
+    parts, options = [network.backbone, head], dict(shares=[cfg.backbone_lr, 1.0], decay_all=True)
+    optimizer, schedule = sgd_poly(parts, cfg.lr, cfg.weight_decay, cfg.iters, **options)
+    state = dict(network=net, optimizer=optimizer, schedule=schedule, bank=bank)
     run.start([network], data, state)
 
     warmup = cfg.iters if cfg.supervised_only else round(cfg.warmup * cfg.iters)
     size = dict(crop=cfg.crop_size, base_size=cfg.base_size)
-    change_l, change_u = jitter(cfg.strength) if cfg.jitter else None, photometry(cfg.strength)
+    change_l, change_u = jitter() if cfg.jitter else v2.Identity(), photometry(cfg.strength)
     view_l = partial(labeled_view, **size, scales=cfg.scales, change=change_l)
     view_u = partial(pair_view, **size, scales=cfg.pair_scales, change=change_u)
-    if not cfg.context:
+    if not cfg.context:  # only a box on top of the first has this: after all tries it is taken
         view_u = partial(view_u, min_iou=1.0)
     batches_l = iter(training_loader(data, "labeled", view_l, **run.drawing))
     # The passes over the unlabelled pictures begin when the warm-up is over.
-    steps_u = range(max(run.first - warmup, 0), cfg.iters - warmup)
-    drawing_u = run.drawing | {"steps": steps_u}
-    batches_u = iter(training_loader(data, "unlabeled", view_u, **drawing_u))
+    drawing_u = run.drawing | {"steps": range(max(run.first - warmup, 0), cfg.iters - warmup)}
+    if not cfg.supervised_only:
+        batches_u = iter(training_loader(data, "unlabeled", view_u, **drawing_u))
     val = val_loader(data, whole_view, **run.loading)
 
     contrast = partial(
@@ -542,11 +532,11 @@ def train(cfg: Config) -> Result:
     )
 
     for step in run.loop():
-        images_l, labels_l, _ = run.to_device(next(batches_l))
+        images_l, labels_l = run.to_device(next(batches_l))
         semi, crops = step >= warmup, []
         if semi:
             *crops, match = next(batches_u)
-            # Found before the device has them, so that it need not be waited for.
+            # Indices of the host's copy: those of the device's would have to be waited for.
             cells1, cells2 = run.to_device(overlap(match))
             crops = run.to_device(crops)
         with run.autocast():
@@ -555,19 +545,22 @@ def train(cfg: Config) -> Result:
             loss = loss_sup = cross_entropy(logits_l, labels_l)  # L_ce
             if semi:
                 phi, _, pseudo = (torch.cat(values) for values in zip(*pair, strict=True))
-                negatives = bank.add(run.gather(phi), run.gather(pseudo))  # F_u and its classes
+                negatives = bank.extended(
+                    run.gather(phi), run.gather(pseudo)
+                )  # F_u and its classes
                 o1, o2 = pair[0].at(cells1), pair[1].at(cells2)  # the overlap
                 loss_12 = contrast(o1.phi, o2.phi, o1.conf, o2.conf, o1.pseudo, *negatives)
                 loss_21 = contrast(o2.phi, o1.phi, o2.conf, o1.conf, o2.pseudo, *negatives)
                 loss_dc = loss_12 + loss_21  # Eq. (3)
                 loss = loss_sup + cfg.lam * loss_dc  # L
-                taught = share(torch.maximum(o1.conf, o2.conf) > cfg.gamma)
-                disagree = share(o1.pseudo != o2.pseudo)
+                cells = max(len(cells1), 1)
+                taught = (torch.maximum(o1.conf, o2.conf) > cfg.gamma).sum() / cells
+                disagree = (o1.pseudo != o2.pseudo).sum() / cells
 
         optimizer.zero_grad()
         loss.backward()
-        if not semi:  # Φ has not begun to learn: it does not decay either
-            whole.projector.zero_grad()
+        if not semi:  # DDP needed Φ's zero gradient; for SGD it would mean decay, which C has not
+            net.projector.zero_grad()
         optimizer.step()
         schedule.step()
         others = dict(loss_dc=loss_dc, taught=taught, disagree=disagree) if semi else {}

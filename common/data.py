@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from common.layouts import (
     DRAWN,
     LAYOUTS,
     VOID,
+    Layout,
     Pair,
     find_pictures,
     read_image,
@@ -68,18 +70,7 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     are not labelled, or all of them when all are), a list file or a folder.
     Raises InputError that names the file or flag.
     """
-    if dataset != "shapes" and not (data_path and os.path.isdir(data_path)):
-        raise InputError(f"--data-path {data_path!r}: no such folder; name the dataset's root")
-    root, classes, colors, train, val, lookup = LAYOUTS[dataset](Path(data_path))
-    if not train:
-        raise InputError(f"{root}: holds no training picture in the layout of --dataset {dataset}")
-    if not val:
-        raise InputError(
-            f"{root}: holds no validation picture in the layout of --dataset {dataset}"
-        )
-    for name in sorted(val):
-        if val[name][1] is None:
-            raise InputError(f"{val[name][0]}: validation picture without a mask; add the mask")
+    root, classes, colors, train, val, lookup = layout(dataset, data_path)
     chosen = _choose_labeled(labeled, train, root, seed)
     for image, _ in sorted(set(chosen) & set(val.values())):
         raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
@@ -92,6 +83,26 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
         root=str(root),
         lookup=lookup,
     )
+
+
+def layout(dataset: str, data_path: str) -> Layout:
+    """What the dataset's folder holds: training and validation pictures, all of these with masks.
+
+    Raises InputError where there are none.
+    """
+    if dataset != "shapes" and not (data_path and os.path.isdir(data_path)):
+        raise InputError(f"--data-path {data_path!r}: no such folder; name the dataset's root")
+    found = LAYOUTS[dataset](Path(data_path))
+    for pairs, kind in ((found.train, "training"), (found.val, "validation")):
+        if not pairs:
+            raise InputError(
+                f"{found.root}: holds no {kind} picture in the layout of --dataset {dataset}"
+            )
+    for name in sorted(found.val):
+        image, mask = found.val[name]
+        if mask is None:
+            raise InputError(f"{image}: validation picture without a mask; add the mask")
+    return found
 
 
 def _choose_labeled(labeled: str, train: dict[str, Pair], root: Path, seed: int) -> list[Pair]:
@@ -169,6 +180,11 @@ def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list
             )
         image = str(files[0])
         mask = str(files[1]) if len(files) == 2 else known.get(image)
+        if mask is not None and mask.endswith("_labelTrainIds.png"):
+            raise InputError(
+                f"{flag} {path}: {line!r} names a mask of trainIds, but labelIds are read; list "
+                "the picture alone"
+            )
         if pairs.setdefault(image, mask) != mask:
             raise InputError(f"{flag} {path}: gives {image} two masks, {pairs[image]} and {mask}")
     if not pairs:
@@ -180,7 +196,7 @@ def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list
 
 
 def check(data: Data, rank: int = 0, world: int = 1) -> None:
-    """Decode every labelled and validation picture and mask once, before the first step.
+    """Decode every labelled and validation picture, and its mask, once, before the first step.
 
     Raises InputError for an unreadable file, a mask of another size than its picture, a mask
     value that is no class, a validation picture under 32 pixels, a missing unlabelled picture.
@@ -190,7 +206,10 @@ def check(data: Data, rank: int = 0, world: int = 1) -> None:
     small = {image for image, _ in data.val}
 
     def check_pair(pair: Pair) -> None:
-        image, mask = read_image(pair[0]), read_mask(pair[1])
+        image = read_image(pair[0])
+        if pair[1] is None:
+            return
+        mask = read_mask(pair[1])
         if image.shape[:2] != mask.shape:
             raise InputError(
                 f"{pair[1]}: is {mask.shape[1]} x {mask.shape[0]} pixels, its picture {pair[0]} "
@@ -228,33 +247,33 @@ View = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (3, H, W) uint8, (H, W)
 class Draws(Dataset):
     """An endless random stream over a list of pictures: item d is draw d of the run.
 
-    Draws run through all pictures in a new order each epoch. Within a global batch no picture
-    comes twice, as long as the list is no shorter than the batch. An unlabelled picture's label
-    is void throughout; no file is opened for it.
+    `read(item)` gives a picture's tensors, `view(*tensors)` one random draw of them. Draws run
+    through all pictures in a new order each epoch. Within a global batch no picture comes twice,
+    as long as the list is no shorter than the batch.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], lookup: np.ndarray, view: View, seed: Sequence[int], batch: int
+        self, items: Sequence, read: Callable, view: View, seed: Sequence[int], batch: int
     ):
-        self.pairs, self.lookup, self.view, self.seed = pairs, lookup, view, list(seed)
+        self.items, self.read, self.view, self.seed = items, read, view, list(seed)
         # Like `drop_last`: what does not fill a batch is left to the next order.
-        self.epoch = len(pairs) // batch * batch or len(pairs)
+        self.epoch = len(items) // batch * batch or len(items)
         self.order = None, None  # of an epoch: its number and a permutation of the pictures
 
     def __getitem__(self, draw: int) -> tuple[Tensor, ...]:
         epoch, position = divmod(draw, self.epoch)
         if self.order[0] != epoch:
             rng = np.random.default_rng([*self.seed, 0, epoch])
-            self.order = epoch, rng.permutation(len(self.pairs))
+            self.order = epoch, rng.permutation(len(self.items))
         try:
-            image, label = _read(self.pairs[self.order[1][position]], self.lookup)
+            tensors = self.read(self.items[self.order[1][position]])
         except InputError as error:
             raise LoneError(error) from error
         seed = np.random.SeedSequence([*self.seed, 1, draw]).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs as well.
             torch.default_generator.manual_seed(int(seed))
-            return self.view(image, label)
+            return self.view(*tensors)
 
 
 class Pictures(Dataset):
@@ -267,11 +286,14 @@ class Pictures(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return self.view(*_read(self.pairs[index], self.lookup))
+        return self.view(*read_pair(self.pairs[index], self.lookup))
 
 
-def _read(pair: Pair, lookup: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Picture (3, H, W) uint8 and label (H, W) uint8 in class indices."""
+def read_pair(pair: Pair, lookup: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Picture (3, H, W) uint8 and label (H, W) uint8 in class indices.
+
+    An unlabelled picture's label is void throughout; no file is opened for it.
+    """
     image = read_image(pair[0])
     label = np.full(image.shape[:2], VOID, np.uint8) if pair[1] is None else read_mask(pair[1])
     return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(lookup[label])
@@ -295,9 +317,23 @@ def training_loader(
     world x batch_size pictures alone: not on the number of workers or processes, nor on where
     `steps` begins, so that a resumed run sees what an uninterrupted one sees.
     """
-    whole = batch_size * world
     stream = ("labeled", "unlabeled").index(split)
-    draws = Draws(getattr(data, split), data.lookup, view, (seed, stream), whole)
+    read = partial(read_pair, lookup=data.lookup)
+    draws = Draws(getattr(data, split), read, view, (seed, stream), batch_size * world)
+    return draws_loader(draws, batch_size, steps, rank, world, workers, pin_memory)
+
+
+def draws_loader(
+    draws: Draws,
+    batch_size: int,
+    steps: range,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """This process's share of the draws of each step, a batch a step."""
+    whole = batch_size * world
     batches = [
         [step * whole + rank * batch_size + position for position in range(batch_size)]
         for step in steps

@@ -435,7 +435,7 @@ def test_the_pool_is_this_steps_features_and_those_of_the_last_steps(steps):
     bank, given = cac.Bank(steps), []
     for step in range(1000):
         features = torch.full((3, 2), float(step), requires_grad=True)
-        pool, labels = bank.add(features, torch.full((3,), step))
+        pool, labels = bank.extended(features, torch.full((3,), step))
         given.append(step)
         assert sorted(labels.tolist()) == sorted(3 * given[-(steps + 1) :])
         assert torch.equal(pool, labels[:, None].expand(-1, 2).float())
@@ -447,12 +447,12 @@ def test_the_pool_is_this_steps_features_and_those_of_the_last_steps(steps):
 def test_a_bank_is_saved_and_goes_on(steps, tmp_path):
     bank, again = cac.Bank(steps), cac.Bank(steps)
     for _ in range(4):
-        bank.add(torch.randn(5, 3), torch.randint(9, (5,)))
+        bank.extended(torch.randn(5, 3), torch.randint(9, (5,)))
     torch.save(bank.state_dict(), tmp_path / "bank.pt")
     again.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
     for _ in range(4):
         current = torch.randn(5, 3), torch.randint(9, (5,))
-        for ours, theirs in zip(again.add(*current), bank.add(*current), strict=True):
+        for ours, theirs in zip(again.extended(*current), bank.extended(*current), strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -510,6 +510,18 @@ def test_bounds_out_of_reach_give_the_same_crop_twice():
     # One try seldom finds an overlap in a large picture, fifty tries mostly do.
     once = [cac.overlapping_crops(300, 300, 32, 0.1, 0.5, tries=1) for _ in range(200)]
     assert sum(one != two for one, two, *_ in once) < 20
+
+
+def test_crops_apart_have_nothing_in_common():
+    apart = 0
+    for _ in range(200):
+        one, two, *common = cac.overlapping_crops(300, 300, 32, min_iou=0.0)
+        sides = [(bottom - top, right - left) for top, left, bottom, right in common]
+        assert sides[0] == sides[1] and min(sides[0]) >= 0
+        match = cac.counterparts(*common, False, True, 32)
+        assert (match >= 0).sum() == sides[0][0] * sides[0][1] / 64
+        apart += abs(one[0] - two[0]) >= 32 or abs(one[1] - two[1]) >= 32
+    assert apart > 100
 
 
 def places(height, width):
@@ -609,13 +621,13 @@ def test_a_labelled_view_is_scaled_and_perhaps_changed():
     image = places(64, 64)
     label = (torch.arange(64) // 8 % 2).expand(64, 64).to(torch.uint8)
     for _ in range(10):
-        view, crop_label, valid = cac.labeled_view(image, label, 32, 64, (1.0, 1.0))
-        assert valid.all() and torch.equal(undone(view)[1] // 8 % 2, crop_label.float())
-        view, again, _ = cac.labeled_view(image, label, 32, 64, (1.0, 1.0), torch.zeros_like)
+        view, crop_label = cac.labeled_view(image, label, 32, 64, (1.0, 1.0), nn.Identity())
+        assert torch.equal(undone(view)[1] // 8 % 2, crop_label.float())
+        view, again = cac.labeled_view(image, label, 32, 64, (1.0, 1.0), torch.zeros_like)
         torch.testing.assert_close(view, normalise(torch.zeros(3, 32, 32)))
         assert set(again.unique().tolist()) == {0, 1}
-    *_, valid = cac.labeled_view(image, label, 32, 64, (0.25, 0.25))
-    assert valid.sum() == 16**2
+    _, label = cac.labeled_view(image, label, 32, 64, (0.25, 0.25), nn.Identity())
+    assert (label != 255).sum() == 16**2
 
 
 def test_photometry_changes_as_often_as_it_should():
@@ -969,7 +981,7 @@ class Still(Small):
 
 def pools(folder, **flags):
     """The negatives of each step of a run whose weights stay: the rate is below their precision."""
-    seen, add = [], cac.Bank.add
+    seen, add = [], cac.Bank.extended
 
     def note(*args):
         seen.append(add(*args))
@@ -977,7 +989,7 @@ def pools(folder, **flags):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cac, "DeepLabV3Plus", Still)
-        patch.setattr(cac.Bank, "add", note)
+        patch.setattr(cac.Bank, "extended", note)
         run(folder, warmup=0.0, iters=3, lr=1e-30, weight_decay=0.0, **flags)
     return seen
 

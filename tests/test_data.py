@@ -104,6 +104,19 @@ def test_cityscapes_layout_and_label_ids(tmp_path):
     assert label[0, 0, :35].tolist() == expected
 
 
+def test_cityscapes_refuses_masks_of_train_ids(tmp_path):
+    """Their values are legal label ids, but stand for other classes."""
+    root = trees.cityscapes_tree(tmp_path)
+    image = next(root.glob("leftImg8bit/train/*/*.png"))
+    mask = next(root.glob("gtFine/train/*/*_labelIds.png"))
+    copy = mask.with_name(mask.name.replace("labelIds", "labelTrainIds"))
+    copy.write_bytes(mask.read_bytes())
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"/{image.relative_to(root)} /{copy.relative_to(root)}\n")
+    with pytest.raises(InputError, match="trainIds.*list the picture alone"):
+        load("cityscapes", str(root), str(listed), "", 0)
+
+
 def test_cityscapes_refuses_ids_that_do_not_exist(tmp_path):
     trees.cityscapes_tree(tmp_path)
     mask = tmp_path / "gtFine/val/lindau/lindau_000001_000019_gtFine_labelIds.png"

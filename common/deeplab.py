@@ -149,11 +149,12 @@ class Ensemble(nn.Module):
         return torch.stack([network(images) for network in self.networks]).mean(dim=0)
 
 
-def conv_bn_relu(channels: int, width: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+def conv_bn_relu(
+    channels: int, width: int, kernel: int, dilation: int = 1, stride: int = 1
+) -> nn.Sequential:
+    padding = kernel // 2 * dilation
     return nn.Sequential(
-        nn.Conv2d(
-            channels, width, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=False
-        ),
+        nn.Conv2d(channels, width, kernel, stride, padding, dilation, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
     )

@@ -36,3 +36,15 @@ def ohem_cross_entropy(
         threshold = p.flatten().kthvalue(rank).values.clamp(min=threshold)
     kept = valid & (p <= threshold)
     return torch.where(kept, losses, 0.0).sum() / kept.sum().clamp(min=1)
+
+
+def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of regions, the mean over classes of the mean over a class's regions.
+
+    logits (B, S, C), labels (B, S), 255 unknown -> (). Nothing known: 0, with zero gradient.
+    """
+    known = labels != VOID
+    onehot = F.one_hot(labels.masked_fill(~known, 0), logits.shape[2]) * known[..., None]
+    losses = -(onehot * logits.float().log_softmax(dim=2)).sum(dim=(0, 1))  # (C,)
+    sizes = onehot.sum(dim=(0, 1))
+    return (losses / sizes.clamp(min=1)).sum() / (sizes > 0).sum().clamp(min=1)

@@ -81,9 +81,10 @@ class Run:
     folder that holds another run. Nothing is written before `start`.
     """
 
-    def __init__(self, script: str, cfg: RunConfig):
+    def __init__(self, script: str, cfg: RunConfig, total: int | None = None):
+        """total: the steps of all stages, for a script that has several; --iters when None."""
         check_config(cfg)
-        self.cfg = cfg
+        self.cfg, self.total = cfg, total or cfg.iters
         self.device = _device(cfg.device)
         cuda = self.device.type == "cuda"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -117,7 +118,7 @@ class Run:
     @property
     def steps(self) -> range:
         """The steps that are left: all of them, or those after the checkpoint resumed."""
-        return range(self.first, self.cfg.iters)
+        return range(self.first, self.total)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Move a network to the device; with several processes, synchronise its gradients.
@@ -238,15 +239,21 @@ class Run:
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         return settings | {"processes": self.world, "pictures": self.pictures}
 
-    def loop(self) -> Iterator[int]:
-        """The steps left, with a bar on a terminal; each seeds torch by seed, step and process."""
+    def loop(self, steps: range | None = None) -> Iterator[int]:
+        """The steps left, or a stage's, with a bar on a terminal.
+
+        Each seeds torch by seed, step and process.
+        """
+        steps = self.steps if steps is None else steps
         on_terminal = self.rank == 0 and sys.stderr.isatty()
-        self.bar = tqdm(
-            self.steps, initial=self.first, total=self.cfg.iters, disable=not on_terminal
-        )
+        self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=not on_terminal)
         for step in self.bar:
-            torch.manual_seed(_mix(self.cfg.seed, step, self.rank))
+            self.seed(step)
             yield step
+
+    def seed(self, step: int) -> None:
+        """Seed torch by --seed, a step and the process."""
+        torch.manual_seed(_mix(self.cfg.seed, step, self.rank))
 
     def log(self, step: int, **values: Tensor | float) -> None:
         """Now and then, and before an evaluation, a line of `log.jsonl`.
@@ -254,7 +261,7 @@ class Run:
         Most calls return without waiting for the device. Raises InputError for a value that is
         not finite.
         """
-        every = max(min(50, self.cfg.iters // 20), 1)
+        every = max(min(50, self.total // 20), 1)
         if self.rank or ((step + 1) % every and not self.due(step)):
             return
         values = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
@@ -265,11 +272,11 @@ class Run:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.set_postfix_str(shown)
         if self.bar.disable:
-            print(f"step {step + 1}/{self.cfg.iters}  {shown}", file=sys.stderr, flush=True)
+            print(f"step {step + 1}/{self.total}  {shown}", file=sys.stderr, flush=True)
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step: every --eval-every steps, and after the last."""
-        return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.iters
+        return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.total
 
     def average_buffers(self, networks: nn.Module) -> None:
         """One set of BatchNorm statistics for all processes, where they kept their own."""
@@ -278,6 +285,11 @@ class Run:
                 for statistic in (module.running_mean, module.running_var):
                     dist.all_reduce(statistic)
                     statistic /= self.world
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """(N, ...) of each process -> (processes x N, ...) in all of them, constant.
@@ -308,9 +320,34 @@ class Run:
         self.history.append(entry)
         if self.rank:
             return
-        self._write_log(entry)  # first: a log line too many is cut when the run is resumed
         better = self.miou > self.best
         self.best = self.miou if better else self.best
+        rows = zip(self.model_facts["classes"], by_class, strict=True)
+        text = "".join(
+            f"{name}\t{'absent' if value is None else f'{100 * value:.2f}'}\n"
+            for name, value in rows
+        )
+        text += f"mean\t{100 * self.miou:.2f}\n"
+        self._write_log(entry)  # first: a log line too many is cut when the run is resumed
+        replace_text(self.folder / "iou.txt", text)
+        self._write_checkpoints(done, ["best.pt"] * better + ["last.pt"])
+        shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
+        tqdm.write(f"step {done}/{self.total}  mIoU {100 * self.miou:.2f}{shown}")
+
+    def milestone(self, step: int, stage: str, **figures: float) -> None:
+        """A stage is over: log what it came to, and write `last.pt`, so that it is not repeated.
+
+        A figure that is NaN could not be measured.
+        """
+        if self.rank:
+            return
+        figures = {name: None if math.isnan(v) else float(v) for name, v in figures.items()}
+        self._write_log({"step": step + 1, "stage": stage, **figures})
+        self._write_checkpoints(step + 1, ["last.pt"])
+        shown = "  ".join(f"{name} {v:.4g}" for name, v in figures.items() if v is not None)
+        tqdm.write(f"step {step + 1}/{self.total}  {stage}  {shown}")
+
+    def _write_checkpoints(self, done: int, names: list[str]) -> None:
         checkpoint = dict(
             networks=[network.state_dict() for network in self.networks],
             **self.model_facts,
@@ -320,17 +357,8 @@ class Run:
             miou=self.miou,
             best=self.best,
         )
-        rows = zip(self.model_facts["classes"], by_class, strict=True)
-        text = "".join(
-            f"{name}\t{'absent' if value is None else f'{100 * value:.2f}'}\n"
-            for name, value in rows
-        )
-        text += f"mean\t{100 * self.miou:.2f}\n"
-        replace_text(self.folder / "iou.txt", text)
-        for name in ["best.pt"] * better + ["last.pt"]:
+        for name in names:
             replace_file(self.folder / name, lambda file: torch.save(plain(checkpoint), file))
-        shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
-        tqdm.write(f"step {done}/{self.cfg.iters}  mIoU {100 * self.miou:.2f}{shown}")
 
     def _diverged(self, what: str, step: int) -> None:
         raise LoneError(

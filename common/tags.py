@@ -1,0 +1,151 @@
+"""Image-level tags: which classes a training picture shows, and nothing about where."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.data import Data, layout
+from common.flags import InputError
+from common.layouts import BAD, VOID, Layout, read_lines, read_mask
+
+BACKGROUNDS = ("background", "_background_", "ground")  # names of a class 0 that is no tag
+
+
+class Tagged(NamedTuple):
+    """A dataset with tags: `data.labeled` holds all N pictures to train on, masks for scoring."""
+
+    data: Data
+    names: list[str]  # N ids
+    tags: Tensor  # (N, K - 1) bool: the classes 1 to K - 1 that a picture shows
+
+
+def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
+    """List a dataset's files and the tags of its training pictures; class 0 is background.
+
+    background: class names, separated by commas, that are merged into class 0; needed where class
+    0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id or
+    file name and its class names, a line each; commas or tabs between names that hold blanks),
+    else from VOC's Annotations/, else from the classes in the masks. Pictures whose mask shows
+    background alone are left out.
+    Raises InputError that names the file or flag.
+    """
+    found = merge_background(layout(dataset, data_path), background)
+    names, listed = sorted(found.train), found.root / "tags.txt"
+    if dataset != "shapes" and listed.is_file():
+        shown = _read_tags(listed, found)
+    elif dataset == "voc" and (found.root / "Annotations").is_dir():
+        shown = {name: _read_xml(found, name) for name in names}
+    else:
+        with ThreadPoolExecutor() as pool:
+            sets = pool.map(lambda name: _classes_in_mask(found, name), names)
+        shown = {name: classes for name, classes in zip(names, sets, strict=True) if classes}
+    if not shown:
+        raise InputError(f"{found.root}: no training picture shows any class but the background")
+    for index, name in enumerate(found.classes[1:], 1):
+        if not any(index in classes for classes in shown.values()):
+            raise InputError(f"{found.root}: no training picture shows the class {name}")
+    names = sorted(shown)
+    tags = torch.zeros(len(names), len(found.classes), dtype=torch.bool)
+    for row, name in zip(tags, names, strict=True):
+        row[list(shown[name])] = True
+    data = Data(
+        classes=found.classes,
+        colors=found.colors,
+        labeled=[found.train[name] for name in names],
+        unlabeled=[],
+        val=[found.val[name] for name in sorted(found.val)],
+        root=str(found.root),
+        lookup=found.lookup,
+    )
+    return Tagged(data, names, tags[:, 1:])
+
+
+def merge_background(found: Layout, background: str) -> Layout:
+    """The layout with the named classes merged into a class 0 of the name "background"."""
+    names = [name.strip() for name in background.split(",") if name.strip()]
+    if not names:
+        if found.classes[0] not in BACKGROUNDS:
+            raise InputError(
+                f"--background: class 0 is {found.classes[0]}, not background; name the classes "
+                "that no tag stands for, separated by commas"
+            )
+        return found
+    for name in names:
+        if name not in found.classes:
+            raise InputError(f"--background {name}: no class; {', '.join(found.classes)} are")
+    kept = [index for index, name in enumerate(found.classes) if name not in names]
+    if not kept:
+        raise InputError(f"--background {background}: leaves no class to learn")
+    merged = np.zeros(256, np.uint8)
+    merged[[BAD, VOID]] = BAD, VOID
+    merged[kept] = range(1, len(kept) + 1)
+    return found._replace(
+        classes=["background", *(found.classes[index] for index in kept)],
+        colors=[(0, 0, 0), *(found.colors[index] for index in kept)],
+        lookup=merged[found.lookup],
+    )
+
+
+def _read_tags(path: Path, found: Layout) -> dict[str, set[int]]:
+    """The classes of the pictures that a tags.txt lists; the others are not used."""
+    files = {Path(image).name: name for name, (image, _) in found.train.items()}
+    shown = {}
+    for line in read_lines(path):
+        separator = "\t" if "\t" in line else "," if "," in line else None
+        first, *classes = (word.strip() for word in line.split(separator))
+        if separator == ",":  # the picture may be parted from the first class by a blank
+            first, *rest = first.split(None, 1)
+            classes = rest + classes
+        name = files.get(first, first)
+        if name not in found.train:
+            raise InputError(f"{path}: lists {first}, which is no training picture")
+        if not classes:
+            raise InputError(f"{path}: {first} has no tag; name its classes or leave it out")
+        for tag in classes:
+            if tag not in found.classes[1:]:
+                raise InputError(f"{path}: {tag} is no tag; {', '.join(found.classes[1:])} are")
+        shown.setdefault(name, set()).update(map(found.classes.index, classes))
+    return shown
+
+
+def _read_xml(found: Layout, name: str) -> set[int]:
+    """The classes of the objects in VOC's annotation of a picture."""
+    path = found.root / "Annotations" / f"{name}.xml"
+    try:
+        objects = ElementTree.parse(path).iterfind("object/name")
+        classes = {re.sub(r"\s", "", item.text or "") for item in objects}
+    except (OSError, ElementTree.ParseError) as error:
+        raise InputError(f"{path}: unreadable ({error}); write a tags.txt instead") from error
+    return {found.classes.index(tag) for tag in classes if tag in found.classes}
+
+
+def _classes_in_mask(found: Layout, name: str) -> set[int]:
+    image, mask = found.train[name]
+    if mask is None:
+        raise InputError(f"{image}: has neither mask nor tags; write {found.root / 'tags.txt'}")
+    values = found.lookup[np.flatnonzero(np.bincount(read_mask(mask).ravel(), minlength=256))]
+    return {int(value) for value in values if value not in (0, BAD, VOID)}
+
+
+def mask_tags(probs: Tensor, tags: Tensor) -> Tensor:
+    """Probabilities with the classes that a picture's tags exclude set to 0, renormalised.
+
+    probs (B, K + 1, ...), class 0 the background, which is always possible; tags (B, K) bool.
+    Absent classes go as in MCOF (cited); renormalising is ours. Where nothing is left, all
+    possible classes are equally likely.
+    """
+    possible = F.pad(tags, (1, 0), value=True)  # (B, K + 1)
+    possible = possible.view(*possible.shape, *[1] * (probs.ndim - 2)).to(probs.dtype)
+    # torch.where, not a product: an absent class may be NaN or infinite for all we care.
+    kept = torch.where(possible > 0, probs, 0.0)
+    total = kept.sum(dim=1, keepdim=True)
+    nothing = total == 0
+    uniform = possible / possible.sum(dim=1, keepdim=True)
+    return torch.where(nothing, uniform, kept / total.masked_fill(nothing, 1.0))

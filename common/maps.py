@@ -1,21 +1,23 @@
 """The training pictures of a run in stages, and the maps that each stage leaves for the next."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.augment import normalise, random_flip
-from common.data import VOID, Draws, draws_loader, read_pair
+from common.augment import normalise, random_flip, train_view
+from common.data import VOID, Data, Draws, draws_loader, read_pair
 from common.flags import InputError
-from common.metrics import confusion_matrix, mean_iou
+from common.metrics import confusion_matrix, evaluating, mean_iou
+from common.predict import colorize, sheet
 from common.run import Run
+from common.slic import project
 from common.tags import Tagged
 
 
@@ -80,12 +82,19 @@ class Maps:
 
     # --- many pictures ---
 
-    def loader(self, steps: range, read: Callable, view: Callable, batch_size: int) -> DataLoader:
-        """A batch for each step of a stage: random pictures' `read(index)`, seen by `view`."""
-        run = self.run
-        seed = run.cfg.seed, 2, steps.start
-        draws = Draws(range(len(self.names)), read, view, seed, batch_size * run.world)
-        return draws_loader(draws, batch_size, range(len(steps)), **run.loading)
+    def loader(self, steps: range, view: Callable, *kinds: str) -> DataLoader:
+        """A batch for each step of a stage: view(picture, its maps of these kinds) of random ones.
+
+        The kind "tags" stands for a picture's tags.
+        """
+        batch_size, seed = self.run.cfg.batch_size, (self.run.cfg.seed, 2, steps.start)
+
+        def read(index: int) -> list[Tensor]:
+            maps = [self.tags[index] if k == "tags" else self.read(k, index) for k in kinds]
+            return [self.image(index), *maps]
+
+        draws = Draws(range(len(self.names)), read, view, seed, batch_size * self.run.world)
+        return draws_loader(draws, batch_size, range(len(steps)), **self.run.loading)
 
     def each(self) -> Iterator[tuple[int, Tensor]]:
         """This process's share of the pictures: index, and (1, 3, H', W') on the device.
@@ -96,11 +105,12 @@ class Maps:
             image = filled(self.image(index), self.stride)
             yield index, normalise(image.to(self.run.device).float() / 255)[None]
 
-    def quality(self, predict: Callable[[int], Tensor]) -> dict[str, float]:
+    def quality(self, name: str, predict: Callable[[int], Tensor]) -> dict[str, float]:
         """How labels predict(index) (H, W), 255 unknown, compare with the pictures' masks.
 
-        Precision: the share of pixels given to foreground (fg), to background (bg), that are
-        right; coverage: the share of their true pixels that are labelled. NaN without masks.
+        `name` is the mIoU where labels are known. Precision: the share of pixels given to
+        foreground (fg), to background (bg), that are right; coverage: the share of their true
+        pixels that are labelled. NaN without masks.
         """
         size, device = self.num_classes, self.run.device
         known, total = (torch.zeros(size, size, dtype=torch.int64) for _ in range(2))
@@ -113,13 +123,45 @@ class Maps:
         both = self.run.gather(torch.stack([known, total])[None].to(device)).sum(dim=0)
         known, total = both.double().cpu()
         hits = known.diagonal()
-        return dict(
-            miou=mean_iou(known),
-            fg_precision=(hits[1:].sum() / known[:, 1:].sum()).item(),
-            bg_precision=(hits[0] / known[:, 0].sum()).item(),
-            fg_coverage=(known[1:].sum() / total[1:].sum()).item(),
-            bg_coverage=(known[0].sum() / total[0].sum()).item(),
+        return {
+            name: mean_iou(known),
+            f"{name}_fg_precision": (hits[1:].sum() / known[:, 1:].sum()).item(),
+            f"{name}_bg_precision": (hits[0] / known[:, 0].sum()).item(),
+            f"{name}_fg_coverage": (known[1:].sum() / total[1:].sum()).item(),
+            f"{name}_bg_coverage": (known[0].sum() / total[0].sum()).item(),
+        }
+
+
+@torch.no_grad()
+def stage_panels(
+    path: Path, maps: Maps, kinds: dict[str, str], model: nn.Module, data: Data, rows: int = 6
+) -> None:
+    """Write one PNG of some training pictures, each with what the stages made of it.
+
+    A picture, its activation ("cam"), superpixels, the labels of `kinds` (title: kind), the model's
+    prediction, and the truth where there is a mask.
+    """
+    strips = []
+    for index in sorted({round(i) for i in np.linspace(0, len(maps.names) - 1, rows)}):
+        image, segments = maps.image(index), maps.read("superpixels", index)[None]
+        heat = at_pixels(maps.read("cam", index).amax(dim=0)[None, None], maps.stride)[0, 0]
+        regions = project(image[None].float(), segments, maps.count)[0]
+        labels = [maps.read(kind, index) for kind in kinds.values()]
+        with evaluating(model):
+            whole = filled(image, maps.stride).to(maps.run.device)
+            predicted = model(normalise(whole.float() / 255)[None]).argmax(dim=1)[0].cpu()
+        height, width = image.shape[1:]
+        labels += [predicted[:height, :width], read_pair(maps.pairs[index], maps.lookup)[1]]
+        strips.append(
+            [
+                image.permute(1, 2, 0).numpy(),
+                (255 * heat[:height, :width, None]).byte().expand(-1, -1, 3).contiguous().numpy(),
+                regions.permute(1, 2, 0).byte().contiguous().numpy(),
+                *(colorize(label.byte().numpy(), data.colors) for label in labels),
+            ]
         )
+    titles = ["image", "activation", "superpixels", *kinds, "prediction", "truth"]
+    sheet(path, titles, strips, data)
 
 
 def _end(path: Path, suffix: str) -> Path:
@@ -170,23 +212,16 @@ def at_pixels(cells: Tensor, stride: int) -> Tensor:
     return F.interpolate(cells, scale_factor=stride, mode="bilinear", align_corners=False)
 
 
-# --- pixels and superpixels ---
-
-
-def paint(labels: Tensor, segments: Tensor) -> Tensor:
-    """Labels of superpixels (B, S) -> of their pixels (B, H, W)."""
-    return labels.gather(1, segments.flatten(1)).view_as(segments)
-
-
-def of_segments(painted: Tensor, segments: Tensor, count: int) -> Tensor:
-    """The inverse of `paint`: (B, H, W) -> (B, S), void for a superpixel without pixels."""
-    labels = torch.full((len(painted), count), VOID, device=painted.device)
-    return labels.scatter(1, segments.flatten(1), painted.flatten(1))
-
-
 def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
     """--clamp (ours): α^u at the cells, but where regions were mined, their labels."""
     known = mined != VOID
     onehot = F.one_hot(mined.masked_fill(~known, 0), unary.shape[1]).permute(0, 3, 1, 2)
     pixels = unary.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
     return F.avg_pool2d(torch.where(known[:, None], onehot.to(unary), pixels), stride)
+
+
+def tag_view(
+    image: Tensor, tags: Tensor, crop: int, scales: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """A random crop of a picture (3, H, W) uint8, and its tags, all of them."""
+    return train_view(image, torch.zeros_like(image[0]), crop, scales)[0], tags

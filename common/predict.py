@@ -31,39 +31,36 @@ def panels(
         with evaluating(model):
             logits = model(image[None].to(device))
         prediction = logits.argmax(dim=1)[0].byte().cpu().numpy()
-        cells = (
-            read_image(image_path),
-            colorize(label.byte().numpy(), data.colors),
-            colorize(prediction, data.colors),
-        )
-        height = max(round(CELL * image.shape[1] / image.shape[2]), 1)
-        filters = (Image.Resampling.BICUBIC, Image.Resampling.NEAREST, Image.Resampling.NEAREST)
-        strips.append(
-            [
-                Image.fromarray(c).resize((CELL, height), f)
-                for c, f in zip(cells, filters, strict=True)
-            ]
-        )
-    width = 3 * CELL + 4 * GAP
-    font = ImageFont.load_default(14)
+        truth = colorize(label.byte().numpy(), data.colors)
+        strips.append([read_image(image_path), truth, colorize(prediction, data.colors)])
+    sheet(path, ["image", "truth", "prediction"], strips, data)
+
+
+def sheet(path: Path, titles: list[str], strips: list[list[np.ndarray]], data: Data) -> None:
+    """Write rows of pictures (H, W, 3) uint8 as one PNG, with titles and a legend of the classes.
+
+    The first picture of a row is a photograph, the others are maps of it, of any size.
+    """
+    font, width = ImageFont.load_default(14), len(titles) * (CELL + GAP) + GAP
+    heights = [max(round(CELL * row[0].shape[0] / row[0].shape[1]), 1) for row in strips]
     legend = _legend(data.classes, width, font)
-    height = (
-        LINE + sum(strip[0].height + GAP for strip in strips) + LINE * (legend[-1][1] + 1) + GAP
-    )
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("image", "truth", "prediction")):
+    height = LINE + sum(heights) + GAP * len(strips) + LINE * (legend[-1][1] + 1) + GAP
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
         draw.text((GAP + column * (CELL + GAP), 2), title, "black", font)
     top = LINE
-    for strip in strips:
-        for column, cell in enumerate(strip):
-            sheet.paste(cell, (GAP + column * (CELL + GAP), top))
-        top += strip[0].height + GAP
+    for row, row_height in zip(strips, heights, strict=True):
+        for column, cell in enumerate(row):
+            how = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
+            cell = Image.fromarray(cell).resize((CELL, row_height), how)
+            canvas.paste(cell, (GAP + column * (CELL + GAP), top))
+        top += row_height + GAP
     for (left, line), name, color in zip(legend, data.classes, data.colors, strict=True):
         y = top + line * LINE
         draw.rectangle((left, y + 3, left + 13, y + 16), fill=tuple(color), outline="black")
         draw.text((left + 19, y + 1), name, "black", font)
-    replace_file(path, lambda file: sheet.save(file, "PNG"))
+    replace_file(path, lambda file: canvas.save(file, "PNG"))
 
 
 def colorize(labels: np.ndarray, colors: list[tuple[int, int, int]]) -> np.ndarray:

@@ -334,18 +334,22 @@ class Run:
         shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
         tqdm.write(f"step {done}/{self.total}  mIoU {100 * self.miou:.2f}{shown}")
 
-    def milestone(self, step: int, stage: str, **figures: float) -> None:
-        """A stage is over: log what it came to, and write `last.pt`, so that it is not repeated.
-
-        A figure that is NaN could not be measured.
-        """
-        if self.rank:
-            return
+    def note(self, step: int, stage: str, **figures: float) -> None:
+        """A line of the log, and on the screen; a figure that is NaN could not be measured."""
         figures = {name: None if math.isnan(v) else float(v) for name, v in figures.items()}
-        self._write_log({"step": step + 1, "stage": stage, **figures})
-        self._write_checkpoints(step + 1, ["last.pt"])
-        shown = "  ".join(f"{name} {v:.4g}" for name, v in figures.items() if v is not None)
-        tqdm.write(f"step {step + 1}/{self.total}  {stage}  {shown}")
+        if self.rank == 0:
+            self._write_log({"step": step + 1, "stage": stage, **figures})
+            shown = "  ".join(f"{name} {v:.4g}" for name, v in figures.items() if v is not None)
+            tqdm.write(f"step {step + 1}/{self.total}  {stage}: {shown}")
+
+    def milestone(self, step: int, stage: str, **figures: float) -> None:
+        """A stage is over: note what it came to, and write `last.pt`, so that it is not repeated.
+
+        A stage that is resumed starts anew, so that lines of its former try are cut.
+        """
+        self.note(step, stage, **figures)
+        if self.rank == 0:
+            self._write_checkpoints(step + 1, ["last.pt"])
 
     def _write_checkpoints(self, done: int, names: list[str]) -> None:
         checkpoint = dict(

@@ -126,6 +126,17 @@ def project(values: Tensor, segments: Tensor, count: int) -> Tensor:
     return means.mT.gather(2, index).view(values.shape)
 
 
+def paint(labels: Tensor, segments: Tensor) -> Tensor:
+    """Labels of superpixels (B, S) -> of their pixels (B, H, W)."""
+    return labels.gather(1, segments.flatten(1)).view_as(segments)
+
+
+def of_segments(painted: Tensor, segments: Tensor, count: int) -> Tensor:
+    """The inverse of `paint`: (B, H, W) -> (B, S), void for a superpixel without pixels."""
+    labels = torch.full((len(painted), count), 255, device=painted.device)
+    return labels.scatter(1, segments.flatten(1), painted.flatten(1))
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision as float32: sums over many pixels and long scans need its digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,496 @@
+"""Iterative Affinity Learning (IAL).
+
+Wang, Liu, Ma, Yang: Weakly-Supervised Semantic Segmentation by Iterative Affinity Learning, IJCV
+2020, arXiv 2002.08098.
+
+From image-level tags alone. A classifier of tags shows where it looks; these seeds train a unary
+network, the segmenter. On its predictions superpixels that agree are mined, a region network judges
+all superpixels by what regions of a class have in common, and the confident ones train a pairwise
+network, which learns the affinity G of pixels from the picture. G carries the unary prediction to
+its neighbours, and what comes out trains the next unary network: each learns from the other.
+
+Each choice is marked: [paper] from its abstract, figures, tables, and formulas that others report,
+[cited] from a work that it builds on, [ours]. We did not have its text, and no code is public.
+
+Energy and EM, corrected. Pixels are a graph with weights W >= 0, D = diag(W 1), L = D - W, and
+G = I - L, whose rows sum to 1 [paper]. J(α) = α^T L α = 1/2 sum w_ij (α_i - α_j)^2 for symmetric W,
+and the sought α minimises it.
+    E-step    dJ/dα = 2 L α; a step of length 1/2 gives α^p = α^u - L α^u = G α^u.
+    M-step g  For rows on the simplex sum_c y_c log p_c <= log sum_c y_c p_c (Jensen), so that
+              -Y^T log α^p bounds -sum log(y . p) from above: g learns L as the minimiser, not the
+              maximiser, of α^T L α.
+    M-step f  f learns α^p.
+With Y = α^u the M-step for g has the trivial solution G = I. Hence the mined Y, of which
+Y^T L α <= α^T L α is expected, not proved. That J falls in each E-step is a theorem for symmetric G
+with a spectrum in (-1, 1]. The G of the scans is not symmetric, and steps of SGD on f and g promise
+nothing: the logged energy shows what happened.
+
+Where to find it
+    α^p = G α^u         propagate, gate_weights     [cited: SPN] mean and softmax [ours]
+    L_α = -Y log α^p    affinity_loss               [paper]
+    L_s = ||G - G_s||   smoothness_loss             [paper] G_s = P G [ours]
+    E(α)                energy                      [ours], the symmetric part of G
+    Y_0                 find_seeds, seeds           [paper] thresholds [cited: IRN]
+    80 % rule           majority_labels             [paper]
+    f^m, Y_t            RegionNet, mine             [paper] relabel, τ from its Fig. 4 [ours]
+    f_t, g_t            train_unary, train_pairwise [paper] networks, steps [ours]
+
+Left out, for what measurements on toy pictures say: the maximum over scans (not linear; it
+collapsed without further layers), a G for each class (α would leave the simplex), G_s = P and means
+of the gates (the first no better, the second harmful: a border needs low gates beside high ones),
+mining by agreement or veto (66.6 and 70.7 mIoU against 71.8), graph-based superpixels (sequential;
+SLIC instead), and a dense CRF.
+
+    python ial.py
+"""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.augment import train_view, whole_view
+from common.data import VOID, check, val_loader
+from common.deeplab import DeepLabV3Plus
+from common.encoders import GuidanceNet, TagNet, activation_maps, resized, trunk
+from common.losses import balanced_cross_entropy, cross_entropy
+from common.maps import Maps, at_cells, at_pixels, clamped, filled, stage_panels, tag_view, window
+from common.metrics import evaluate, iou
+from common.optim import descend, sgd_poly
+from common.run import InputError, Result, Run, RunConfig, main
+from common.slic import (
+    at_least_float32,
+    grid_shape,
+    of_segments,
+    paint,
+    project,
+    segment_mean,
+    slic,
+)
+from common.spn import propagate
+from common.tags import load_tagged, mask_tags
+
+
+@dataclass
+class Config(RunConfig):
+    """IAL's own settings, here those of the embedded dataset; RECIPES has the others."""
+
+    iters: int = 250  # steps of a unary network; the other networks' are shares of them
+    crop_size: int = 64  # side of a training crop in pixels, a multiple of 8
+    batch_size: int = 8  # pictures per process
+    background: str = ""  # names of the classes, with commas between, that become class 0
+    method: Literal["ial", "direct", "unary", "cam"] = "ial"  # the others are baselines
+    rounds: int = 3  # T: 5 in the paper
+    net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # of the other networks
+    net_lr: float = 0.05  # their learning rate
+    net_steps: tuple[float, ...] = (1.2, 0.8, 0.8)  # classifier, region, pairwise: shares of iters
+    cam_scales: tuple[float, ...] = (1.0,)  # of a picture, at which activation maps are summed
+    fg: float = 0.6  # a superpixel is a seed of a class whose activation is above this
+    bg: float = 0.2  # and of background where all are below this
+    segment_size: int = 6  # side of a superpixel in pixels, about
+    compactness: float = 20.0  # of superpixels: weight of place against colour
+    share: float = 0.8  # of a superpixel's pixels that have to agree on a class
+    mining: Literal["relabel", "rule80"] = "relabel"  # with the region network, or without
+    tau: float = 0.7  # τ: confidence of the region network from which on a region is mined
+    lam: float = 0.3  # λ, weight of the smoothness loss
+    probes: int = 2  # R, random maps that estimate it
+    passes: int = 2  # how often G is applied
+    rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of a network's output
+    clamp: bool = False  # propagate mined labels where there are any: ours, not the paper's
+    stride: int = 2  # side of a cell in pixels: maps are propagated from cell to cell
+    scales: tuple[float, ...] = (1.0,)  # of the classifier's and unary networks' training crops
+    width: int = 64  # channels of ASPP and decoder: 256 in the DeepLabv3+ paper
+
+
+# 321 pixels, two thresholds, networks as in the works that it cites; lengths and rates are ours.
+REAL = dict(backbone="resnet50", weights="IMAGENET1K_V1", width=256, crop_size=320, workers=4)
+REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5)
+REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
+REAL |= dict(cam_scales=(0.5, 1.0, 1.5, 2.0), fg=0.3, bg=0.05, segment_size=13, compactness=10.0)
+REAL |= dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5))
+RECIPES = {"shapes": {}} | {name: REAL | dict(dataset=name) for name in ("folder", "voc")}
+
+
+# --- the pairwise network: α^p = G α^u ---
+
+
+def affinity_loss(refined: Tensor, labels: Tensor) -> Tensor:
+    """L_α = -Y log α^p (paper), a mean over the pixels whose label is known.
+
+    refined α^p (B, C, H, W), probabilities; labels Y (B, H, W), 255 unknown -> (). Nothing known:
+    0, with zero gradient. A probability below 1e-6 counts as 1e-6, and passes no gradient (ours).
+    """
+    known = labels != VOID
+    chosen = refined.gather(1, torch.where(known, labels, 0)[:, None])[:, 0]  # (B, H, W)
+    losses = -chosen.clamp(min=1e-6).log()
+    return torch.where(known, losses, 0.0).sum() / known.sum().clamp(min=1)
+
+
+def smoothness_loss(
+    gates: Tensor,
+    segments: Tensor,
+    count: int,
+    probes: int = 2,
+    passes: int = 1,
+    generator: torch.Generator | None = None,
+    rule: str = "softmax",
+) -> Tensor:
+    """L_s = ||G - P G||^2 / N (Frobenius norm), estimated; a mean over the batch.
+
+    gates (B, 4, 4, H, W), segments (B, H, W) at the gates' resolution -> (). The paper's L_s is
+    ||G - G_s||^2 with G_s of the superpixels; P G for G_s is our reading. It is 0 if and only if
+    G makes any map constant on every superpixel: smooth inside, edges at borders. The estimate
+    (Hutchinson) is ||(I - P) G z||^2 / N, a mean over `probes` maps z of random signs: without
+    bias, since the mean of z z^T is I. Signs come from the CPU, or from where the generator is.
+    """
+    # A constant input: the gradient reaches the gates alone.
+    shape = len(gates), probes, *gates.shape[-2:]
+    device = "cpu" if generator is None else generator.device
+    coins = torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8)
+    signs = (2 * coins - 1).to(gates)  # z
+    moved = propagate(signs, gates, passes, rule)  # G z
+    return (moved - project(moved, segments, count)).square().mean()
+
+
+def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
+    """J(α) = 1/2 sum over i, j of G_ij (α_i - α_j)^2, summed over classes, without an N x N matrix:
+
+        1/2 sum over i of [α_i^2 - 2 α_i (G α)_i + (G α^2)_i]        (rows of G sum to 1)
+
+    values α (B, C, H, W), gates (B, 4, 4, H, W) -> (B,). The paper's J is α^T L α with G = I - L,
+    for a symmetric G. That of the scans is not; this is α^T L α of its symmetric part (ours), and
+    it is never negative under `softmax`. α^T (I - G) α of such a G can be.
+    """
+    values = at_least_float32(values)
+    squares = values.square()
+    moved = propagate(torch.cat([values, squares], dim=1), gates, passes, rule)
+    mean, mean_square = moved.chunk(2, dim=1)
+    return (squares - 2 * values * mean + mean_square).sum(dim=(1, 2, 3)) / 2
+
+
+# --- labels: seeds, and mining of confident regions ---
+
+
+def seeds(cams: Tensor, tags: Tensor, fg: float, bg: float) -> Tensor:
+    """Y_0 from class activation maps: a class above fg, background below bg, unknown between.
+
+    cams (B, K, H, W) in [0, 1], tags (B, K) bool -> (B, H, W) int64, 0 the background, c + 1 for
+    class c, 255 unknown. Only a picture's own tags count; without any it is all background. The
+    paper shows such maps, not their rule; two thresholds are IRN's (cited).
+    """
+    score, best = cams.masked_fill(~tags[:, :, None, None], -torch.inf).max(dim=1)  # (B, H, W)
+    return torch.where(score > fg, best + 1, torch.where(score < bg, 0, VOID))
+
+
+def majority_labels(
+    unary_labels: Tensor, segments: Tensor, count: int, num_classes: int, share: float = 0.8
+) -> Tensor:
+    """The 80 % rule (paper): the class that `share` of a superpixel's pixels or more agree on.
+
+    unary_labels, segments (B, H, W) -> (B, S) int64; 255 where no class has that share, and for
+    empty superpixels. A pixel labelled 255 agrees with none, but counts in the superpixel's size.
+    """
+    stride = num_classes + 1  # one cell more, for 255
+    cells = segments.flatten(1) * stride + unary_labels.flatten(1).long().clamp(max=num_classes)
+    votes = cells.new_zeros(len(cells), count * stride)
+    votes = votes.scatter_add_(1, cells, torch.ones_like(cells)).view(-1, count, stride)
+    most, label = votes[..., :num_classes].max(dim=2)
+    # 80 of 100 pixels are enough, however 0.8 is rounded.
+    agreed = (most > 0) & (most >= (share - 1e-6) * votes.sum(dim=2))
+    return torch.where(agreed, label, VOID)
+
+
+def mine(
+    region_probs: Tensor | None,
+    majority: Tensor,
+    tags: Tensor,
+    tau: float,
+    mode: str = "relabel",
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """Y_t on superpixels: the region network's class where it is confident. -> (B, S) int64.
+
+    region_probs (B, S, K + 1), majority (B, S) from `majority_labels`, tags (B, K) bool; 255 is
+    unknown. relabel (paper's Fig. 4, our reading): the likeliest of the picture's classes where
+    its probability, renormalised over them, is tau or more, whatever the majority says. rule80:
+    the majority's label and no network; region_probs may be None. Superpixels with sizes (B, S)
+    of 0 are unknown, and so are those whose probabilities are NaN.
+    """
+    if mode == "relabel":
+        conf, labels = mask_tags(region_probs.mT, tags).max(dim=1)  # (B, S)
+        known = conf >= tau  # False where conf is NaN
+    elif mode == "rule80":
+        possible = F.pad(tags, (1, 0), value=True)
+        labels = torch.where(majority == VOID, 0, majority)
+        known = (majority != VOID) & possible.gather(1, labels)
+    else:
+        raise ValueError(f'mode is "relabel" or "rule80", not {mode!r}')
+    if sizes is not None:
+        known = known & (sizes > 0)
+    return torch.where(known, labels, VOID)
+
+
+# --- the networks beside the unary one (ours, but for what they are of) ---
+
+
+class RegionNet(nn.Module):
+    """f^m: the mean of the features in a superpixel (mask pooling: paper), classified.
+
+    images (B, 3, H, W), segments (B, h, w) at the cells, ids below count = S -> logits (B, S, C).
+    The field of view is about a superpixel. A wide one would see, and repeat, what the unary
+    network made of the surroundings; a narrow one finds what regions of a class have in common.
+    """
+
+    def __init__(self, num_classes: int, net: str, weights: str):
+        super().__init__()
+        self.stages, widths = trunk(net, weights, 2, [(24, 2, 1), (48, 1, 1)])
+        self.head = nn.Sequential(
+            nn.Linear(widths[-1], 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)
+        )
+
+    def forward(self, images: Tensor, segments: Tensor, count: int) -> Tensor:
+        features = resized(nn.Sequential(*self.stages)(images), segments)
+        return self.head(segment_mean(features, segments, count)[0])
+
+
+# --- the stages, in the paper's order; each leaves maps for the next ---
+
+
+def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, float]:
+    """A tag classifier and its activation maps; superpixels; the seeds Y_0."""
+    net = TagNet(maps.tags.shape[1], cfg.net, cfg.weights)
+    trained = run.wrap(net)
+    optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
+    view = partial(tag_view, crop=cfg.crop_size, scales=cfg.scales)
+    batches = maps.loader(steps, view, "tags")
+    for step, batch in zip(run.loop(steps), batches, strict=True):
+        images, tags = run.to_device(batch)
+        with run.autocast():
+            scores = trained(images).mean(dim=(2, 3))  # (B, K)
+            loss = F.multilabel_soft_margin_loss(scores, tags.float())
+        descend(loss, optimizer, schedule)
+        run.log(step, loss_tags=loss)
+    run.average_buffers(net.eval())
+
+    for index, images in maps.each():
+        tags = maps.tags[index, None].to(run.device)
+        cams = activation_maps(net, images, tags, cfg.cam_scales)  # (1, K, H, W)
+        maps.write("cam", index, F.pad(F.avg_pool2d(cams, cfg.stride)[0], (0, 0, 0, 0, 1, 0)))
+        image = maps.image(index)[None].to(run.device) / 255
+        height, width = image.shape[2:]
+        count = max(height * width // cfg.segment_size**2, 1)
+        segments, shape = slic(image, count, cfg.compactness), grid_shape(count, height, width)
+        maps.write("superpixels", index, segments[0])
+        # Averaged over superpixels before the thresholds, as in MCOF (cited).
+        cams = project(cams[..., :height, :width], segments, math.prod(shape))
+        maps.write("seeds", index, seeds(cams, tags, cfg.fg, cfg.bg)[0])
+    run.barrier()
+    levels = 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6
+    at_levels = (partial(maps.labels, "cam", background=level) for level in levels)
+    best = max(maps.quality("cam", labels)["cam"] for labels in at_levels)
+    return maps.quality("seeds", partial(maps.read, "seeds")) | {"cam": best}
+
+
+def train_unary(
+    run: Run, cfg: Config, maps: Maps, steps: range, t: int, trained: nn.Module, score: Callable
+) -> dict[str, float]:
+    """f_t on the seeds, or on what the round before refined; its α^u; the 80 % rule."""
+    unary = run.networks[0]
+    optimizer, schedule = sgd_poly([unary], cfg.lr, cfg.weight_decay, len(steps))
+    source = "seeds" if t == 1 else f"labels{t - 1}"
+    view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
+    batches = maps.loader(steps, view, source)
+    for step, batch in zip(run.loop(steps), batches, strict=True):
+        images, labels, _ = run.to_device(batch)
+        with run.autocast():
+            loss = cross_entropy(trained(images), labels)
+        descend(loss, optimizer, schedule)
+        run.log(step, loss_unary=loss)
+        if (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop:
+            run.note(step, f"unary{t}", val=score().nanmean().item())
+    run.average_buffers(unary.eval())
+
+    for index, images in maps.each():
+        segments = maps.read("superpixels", index)[None]
+        height, width = segments.shape[1:]
+        with torch.no_grad(), run.autocast():
+            probs = mask_tags(unary(images).softmax(dim=1).cpu(), maps.tags[index, None])  # α^u
+        maps.write(f"unary{t}", index, F.avg_pool2d(probs, cfg.stride)[0])
+        labels = probs.argmax(dim=1)[:, :height, :width]
+        majority = majority_labels(labels, segments, maps.count, maps.num_classes, cfg.share)
+        maps.write(f"majority{t}", index, paint(majority, segments)[0])
+        if cfg.method == "direct":
+            maps.write(f"labels{t}", index, labels[0])
+    unary.train()
+    run.barrier()
+    majority = maps.quality("majority", partial(maps.read, f"majority{t}"))
+    return majority | maps.quality("unary", partial(maps.labels, f"unary{t}"))
+
+
+def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
+    """f^m learns the superpixels that 80 % agree on, then judges all of them: Y_t."""
+    net = RegionNet(maps.num_classes, cfg.net, cfg.weights)
+    trained = run.wrap(net)
+    optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
+
+    view = partial(window, cfg.crop_size, cfg.stride)
+    batches = maps.loader(steps, view, "superpixels", f"majority{t}")
+    for step, batch in zip(run.loop(steps), batches, strict=True):
+        images, *labels = run.to_device(batch)
+        segments, painted = (at_cells(label, cfg.stride) for label in labels)
+        majority = of_segments(painted, segments, maps.count)  # (B, S)
+        with run.autocast():
+            loss = balanced_cross_entropy(trained(images, segments, maps.count), majority)  # L_m
+        descend(loss, optimizer, schedule)
+        run.log(step, loss_region=loss)
+    run.average_buffers(net.eval())
+
+    for index, images in maps.each():
+        segments, painted = (
+            maps.read(kind, index)[None] for kind in ("superpixels", f"majority{t}")
+        )
+        cells = at_cells(filled(segments, cfg.stride), cfg.stride).to(run.device)
+        with torch.no_grad():
+            probs = net(images, cells, maps.count).softmax(dim=2).cpu()  # (1, S, C)
+        sizes = torch.bincount(cells.flatten(), minlength=maps.count)[None].cpu()
+        majority = of_segments(painted, segments, maps.count)
+        labels = mine(probs, majority, maps.tags[index, None], cfg.tau, cfg.mining, sizes)
+        maps.write(f"mined{t}", index, paint(labels, segments)[0])
+    run.barrier()
+    return maps.quality("mined", partial(maps.read, f"mined{t}"))
+
+
+def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
+    """g_t learns gates from Y_t; α^p = G_t α^u; its labels are what f_{t+1} learns."""
+    net = GuidanceNet(cfg.net, cfg.weights, cfg.stride)
+    trained = run.wrap(net)
+    optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
+
+    view = partial(window, cfg.crop_size, cfg.stride)
+    batches = maps.loader(steps, view, "superpixels", f"mined{t}", f"unary{t}")
+    for step, batch in zip(run.loop(steps), batches, strict=True):
+        images, segments, mined, unary = run.to_device(batch)
+        with run.autocast():
+            gates = trained(images).float()  # (B, 4, 4, h, w)
+        refined = propagate(unary, gates, cfg.passes, cfg.rule)  # α^p = G α^u
+        loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)  # L_α
+        segments = at_cells(segments, cfg.stride)
+        loss_smooth = smoothness_loss(  # L_s
+            gates, segments, maps.count, cfg.probes, cfg.passes, rule=cfg.rule
+        )
+        descend(loss_affinity + cfg.lam * loss_smooth, optimizer, schedule)
+        run.log(step, loss_affinity=loss_affinity, loss_smooth=loss_smooth)
+    run.average_buffers(net.eval())
+
+    energies = torch.zeros(2, dtype=torch.float64)
+    for index, images in maps.each():
+        unary = start = maps.read(f"unary{t}", index)[None].to(run.device)
+        if cfg.clamp:
+            mined = filled(maps.read(f"mined{t}", index), cfg.stride)[None].to(run.device)
+            start = clamped(unary, mined, cfg.stride)
+        with torch.no_grad():
+            gates = net(images)
+            refined = propagate(start, gates, cfg.passes, cfg.rule).clamp(min=0.0)
+            refined = mask_tags(refined, maps.tags[index, None].to(run.device))  # α^p
+            both = [energy(a, gates, rule=cfg.rule)[0] for a in (unary, refined)]
+            energies += torch.stack(both).cpu()
+        maps.write(f"refined{t}", index, refined[0])
+        maps.write(f"labels{t}", index, maps.labels(f"refined{t}", index))
+    run.barrier()
+    before, after = run.gather(energies[None].to(run.device)).sum(dim=0).tolist()
+    energies = dict(energy_unary=before / len(maps.names), energy_refined=after / len(maps.names))
+    return maps.quality("refined", partial(maps.read, f"labels{t}")) | energies
+
+
+# --- training ---
+
+
+def plan(cfg: Config) -> list[tuple[str, int, range]]:
+    """The stages in order: name, round t, and which of the whole run's steps are its own."""
+    classifier, region, pairwise = (round(share * cfg.iters) for share in cfg.net_steps)
+    rounds = cfg.rounds if cfg.method in ("ial", "direct") else 0
+    stages = [("seeds", 0, classifier)]
+    for t in range(1, rounds + 2) if cfg.method != "cam" else ():
+        stages.append(("unary", t, cfg.iters))  # the last one is the result
+        if cfg.method == "ial" and t <= rounds:
+            stages += [("region", t, region), ("pairwise", t, pairwise)]
+    lengths = [length for _, _, length in stages]
+    starts = [sum(lengths[:place]) for place in range(len(stages))]
+    return [
+        (name, t, range(first, first + length))
+        for (name, t, length), first in zip(stages, starts, strict=True)
+    ]
+
+
+def check_flags(cfg: Config) -> None:
+    """Raise InputError for flags of this script that cannot be right."""
+    for name in ("fg", "bg", "share", "tau"):
+        if getattr(cfg, name) > 1:
+            raise InputError(f"--{name} {getattr(cfg, name)}: must be between 0 and 1")
+    if cfg.bg > cfg.fg:
+        raise InputError(f"--bg {cfg.bg}: must not be above --fg {cfg.fg}")
+    if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:
+        given = " ".join(map(str, cfg.net_steps))
+        raise InputError(f"--net-steps {given}: must be three shares of --iters, a step or more")
+    for name in ("segment_size", "probes", "passes", "stride"):
+        if not getattr(cfg, name):
+            raise InputError(f"--{name.replace('_', '-')} 0: must be positive")
+    if cfg.crop_size % cfg.stride:
+        raise InputError(f"--stride {cfg.stride}: must divide --crop-size {cfg.crop_size}")
+
+
+def train(cfg: Config) -> Result:
+    """Run all stages; the result's model is the last unary network.
+
+    A resumed run goes on with the stage that it was in. Raises InputError for flags and files that
+    cannot be right.
+    """
+    check_flags(cfg)
+    stages = plan(cfg)
+    run = Run("ial", cfg, total=stages[-1][2].stop)
+    tagged = load_tagged(cfg.dataset, cfg.data_path, cfg.background)
+    data, num_classes = tagged.data, len(tagged.data.classes)
+    run.print(data.summary())
+    unary = DeepLabV3Plus(num_classes, cfg.backbone, cfg.weights, cfg.width)
+    check(data, run.rank, run.world)
+    initial, trained = deepcopy(unary.state_dict()), run.wrap(unary)
+    run.start([unary], data, dict(unary=unary))
+    maps = Maps(run, tagged, cfg.stride)
+    val = val_loader(data, whole_view, **run.loading)
+
+    def score() -> Tensor:
+        with run.autocast():
+            return iou(evaluate(unary, val, num_classes, run.device))
+
+    for name, t, steps in stages:
+        if steps.stop <= run.first:  # done before the run was resumed
+            continue
+        run.seed(steps.start)  # of the networks that the stage makes
+        if name == "seeds":
+            figures = find_seeds(run, cfg, maps, steps)  # Y_0
+        elif name == "unary":
+            unary.load_state_dict(initial)  # each f_t starts anew
+            figures = train_unary(run, cfg, maps, steps, t, trained, score)  # f_t, α^u
+            run.record(steps.stop - 1, score())
+        elif name == "region":
+            figures = mine_regions(run, cfg, maps, steps, t)  # f^m, Y_t
+        else:
+            figures = train_pairwise(run, cfg, maps, steps, t)  # g_t, α^p
+        run.milestone(steps.stop - 1, f"{name}{t or ''}", **figures)
+
+    if run.rank == 0 and cfg.method != "cam":
+        last = {"seeds": "seeds"}
+        if cfg.method == "ial" and cfg.rounds:
+            last |= {"mined": f"mined{cfg.rounds}", "refined": f"labels{cfg.rounds}"}
+        stage_panels(run.folder / "panels.png", maps, last, unary, data)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main(train, Config, RECIPES)

@@ -1,0 +1,245 @@
+"""Tags of training pictures: drawn, from masks, tags.txt and VOC's XML; merging into background."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import trees
+
+from common import shapes
+from common.data import check
+from common.layouts import BAD, CITYSCAPES, VOID, voc_colors
+from common.run import InputError
+from common.tags import load_tagged
+
+CLASSES = ("background", "cat", "sea lion")
+SHOWN = ("1", "2", "12", "", "1", "12")  # of each training picture; 003 shows nothing
+
+
+def tagged_tree(root, shown=SHOWN, classes=CLASSES, height=37, width=45):
+    """A folder tree of odd sizes whose training masks hold these classes and void, side by side."""
+    rng = np.random.default_rng(0)
+    everything = "".join(map(str, range(len(classes))))
+    for split, pictures in (("train", shown), ("val", [everything] * 2)):
+        for index, digits in enumerate(pictures):
+            mask = np.zeros((height, width), np.uint8)
+            for kind in map(int, digits):
+                mask[5 + kind : 25 + kind, kind * 11 : kind * 11 + 10] = kind
+            mask[0] = VOID
+            trees.save_picture(root / "images" / split / f"{index:03d}.png", rng, height, width)
+            trees.save_mask(root / "masks" / split / f"{index:03d}.png", mask)
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    return root
+
+
+def shown(tagged):
+    """The classes of each picture by name."""
+    assert tagged.tags.dtype == torch.bool
+    assert tagged.tags.shape == (len(tagged.names), len(tagged.data.classes) - 1)
+    return {
+        name: {tagged.data.classes[int(index) + 1] for index in row.nonzero()}
+        for name, row in zip(tagged.names, tagged.tags, strict=True)
+    }
+
+
+# --- where tags come from ---
+
+
+def test_tags_of_drawn_pictures_are_those_of_the_drawing(monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 12, "val": 3})
+    tagged = load_tagged("shapes", "")
+    assert tagged.names == shapes.names("train") and len(tagged.data.val) == 3
+    assert tagged.data.classes == shapes.CLASSES and tagged.data.unlabeled == []
+    for name, row, (image, _) in zip(tagged.names, tagged.tags, tagged.data.labeled, strict=True):
+        assert (row.nonzero()[:, 0] + 1).tolist() == shapes.tags(name) and image.endswith(name)
+
+
+def test_tags_of_masks_leave_out_pictures_of_background_alone(tmp_path):
+    tagged = load_tagged("folder", str(tagged_tree(tmp_path)))
+    both = {"cat", "sea lion"}
+    assert list(shown(tagged).items()) == [
+        ("000", {"cat"}),
+        ("001", {"sea lion"}),
+        ("002", both),
+        ("004", {"cat"}),
+        ("005", both),
+    ]
+    for name, (image, mask) in zip(tagged.names, tagged.data.labeled, strict=True):
+        assert image == str(tmp_path / "images/train" / f"{name}.png")
+        assert mask == str(tmp_path / "masks/train" / f"{name}.png")
+    check(tagged.data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "001, sea lion, cat\n000, cat\n",
+        "001.png,sea lion,cat\n000.png , cat",
+        "001 sea lion, cat\n000 cat\n",
+        "\ufeff001\tcat\tsea lion\r\n\r\n  000\tcat  \r\n",
+        "000 cat\n001 cat\n001\tsea lion",
+    ],
+    ids=["commas", "files", "blank-comma", "tabs-crlf", "twice"],
+)
+def test_tags_txt_goes_before_masks_which_need_not_be_there(text, tmp_path):
+    """The pictures that it does not list are not used."""
+    root = tagged_tree(tmp_path)
+    (root / "tags.txt").write_bytes(text.encode())
+    expected = {"000": {"cat"}, "001": {"cat", "sea lion"}}
+    tagged = load_tagged("folder", str(root))
+    assert shown(tagged) == expected and all(mask for _, mask in tagged.data.labeled)
+    shutil.rmtree(root / "masks" / "train")
+    tagged = load_tagged("folder", str(root))
+    assert shown(tagged) == expected and not any(mask for _, mask in tagged.data.labeled)
+    check(tagged.data)
+
+
+def write_xml(root, name, *classes):
+    folder = root / "VOC2012" / "Annotations"
+    folder.mkdir(exist_ok=True)
+    part = "<part><name>dog</name></part>"
+    objects = "".join(f"<object><name>{c}</name>{part}</object>" for c in classes)
+    (folder / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+
+
+def test_tags_of_voc_come_from_its_annotations(tmp_path):
+    """Old ones write some names with blanks; parts of an object, and other objects, are no tags."""
+    root = trees.voc_tree(tmp_path, aug=False)
+    assert all(len(tags) == 20 for tags in shown(load_tagged("voc", str(root))).values())
+    classes = load_tagged("voc", str(root)).data.classes
+    first, second, third = trees.VOC_TRAIN
+    write_xml(root, first, "cat", "potted plant", "hand", "cat")
+    write_xml(root, second, *classes[1:])
+    write_xml(root, third, "tvmonitor")
+    tags = shown(load_tagged("voc", str(root)))
+    assert tags[first] == {"cat", "pottedplant"} and tags[third] == {"tvmonitor"}
+    assert tags[second] == set(classes[1:])
+    (root / "VOC2012" / "tags.txt").write_text(f"{first}.jpg {' '.join(classes[1:])}\n")
+    assert list(shown(load_tagged("voc", str(root)))) == [first]
+
+
+# --- background ---
+
+ROADS = ("road", "cat", "sky", "sea lion")
+
+
+def test_merged_classes_become_class_0(tmp_path):
+    root = tagged_tree(tmp_path, ("012", "23", "02", "3"), ROADS)
+    tagged = load_tagged("folder", str(root), " sky,road ")
+    data = tagged.data
+    assert shown(tagged) == {"000": {"cat"}, "001": {"sea lion"}, "003": {"sea lion"}}
+    assert data.classes == ["background", "cat", "sea lion"]
+    assert data.colors == [(0, 0, 0), voc_colors(4)[1], voc_colors(4)[3]]
+    assert data.lookup.dtype == np.uint8 and data.lookup[:4].tolist() == [0, 1, 0, 2]
+    assert data.lookup[VOID] == VOID and (data.lookup[4:VOID] == BAD).all()
+    check(data)
+    trees.save_mask(root / "masks/train/003.png", np.full((37, 45), 4))
+    with pytest.raises(InputError, match=r"003.png: holds the values 4; allowed are 0 to 3"):
+        check(data)
+
+
+def test_tags_txt_knows_the_classes_that_are_left(tmp_path):
+    root = tagged_tree(tmp_path, ("1", "3"), ROADS)
+    (root / "tags.txt").write_text("000 cat\n001\tsea lion\n")
+    assert shown(load_tagged("folder", str(root), "road,sky")) == {
+        "000": {"cat"},
+        "001": {"sea lion"},
+    }
+
+
+def test_ids_of_cityscapes_are_merged(tmp_path):
+    root = trees.cityscapes_tree(tmp_path)
+    things = [name for name, _ in CITYSCAPES.values()][11:]
+    stuff = [name for name, _ in CITYSCAPES.values()][:11]
+    tagged = load_tagged("cityscapes", str(root), ", ".join(stuff))
+    data = tagged.data
+    assert data.classes == ["background", *things] and len(tagged.names) == 4
+    assert tagged.tags.all()  # each mask has a row of all ids
+    for value in range(256):
+        known = CITYSCAPES[value][0] if value in CITYSCAPES else None
+        expected = VOID if value < 34 or value == 255 else BAD
+        if known:
+            expected = data.classes.index(known) if known in things else 0
+        assert data.lookup[value] == expected
+    assert data.colors[1] == CITYSCAPES[24][1]  # a person
+    check(data)
+
+
+# --- bad input ---
+
+
+def refusal(*args):
+    with pytest.raises(InputError) as caught:
+        load_tagged(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("000 cat\n001\n", "001 has no tag"),
+        ("000 cat\n001 sea lion\n", "sea is no tag; cat, sea lion are"),
+        ("000 cat dog\n", "dog is no tag"),
+        ("000 background, cat\n", "background is no tag"),
+        ("000 cat\n777 cat\n", "lists 777, which is no training picture"),
+        ("000, cat\n777.jpg, cat\n", "lists 777.jpg"),
+    ],
+)
+def test_lines_of_tags_txt_that_cannot_be_are_refused(text, said, tmp_path):
+    (tagged_tree(tmp_path) / "tags.txt").write_text(text)
+    message = refusal("folder", str(tmp_path))
+    assert message.startswith(str(tmp_path / "tags.txt")) and said in message
+
+
+def test_tags_txt_that_is_no_text_is_refused(tmp_path):
+    (tagged_tree(tmp_path) / "tags.txt").write_bytes(b"\xff\xfe000")
+    assert str(tmp_path / "tags.txt") in refusal("folder", str(tmp_path))
+
+
+def test_a_class_without_a_picture_is_refused(tmp_path):
+    root = tagged_tree(tmp_path / "masks", ("1", "1"))
+    assert "no training picture shows the class sea lion" in refusal("folder", str(root))
+    root = tagged_tree(tmp_path / "listed")
+    (root / "tags.txt").write_text("001, sea lion\n")
+    message = refusal("folder", str(root))
+    assert str(root) in message and "the class cat" in message
+    root = tagged_tree(tmp_path / "nothing", ("", ""))
+    assert str(root) in refusal("folder", str(root))
+
+
+def test_a_picture_with_neither_mask_nor_tags_is_refused(tmp_path):
+    (tagged_tree(tmp_path) / "masks/train/002.png").unlink()
+    message = refusal("folder", str(tmp_path))
+    assert message.startswith(str(tmp_path / "images/train/002.png")) and "tags.txt" in message
+
+
+def test_annotations_that_cannot_be_read_are_refused(tmp_path):
+    root = trees.voc_tree(tmp_path, aug=False)
+    write_xml(root, trees.VOC_TRAIN[0], "cat")
+    for _ in range(2):
+        message = refusal("voc", str(root))  # first missing, then damaged
+        path = root / "VOC2012/Annotations" / f"{trees.VOC_TRAIN[1]}.xml"
+        assert message.startswith(str(path)) and "tags.txt" in message
+        path.write_text("<annotation><object>")
+
+
+@pytest.mark.parametrize(
+    "background, said",
+    [
+        ("", "--background: class 0 is road"),
+        ("rood", "--background rood: no class; road, cat, sky, sea lion are"),
+        ("road,,rood", "--background rood"),
+        ("road,cat,sky,sea lion", "leaves no class to learn"),
+    ],
+)
+def test_background_that_cannot_be_is_refused(background, said, tmp_path):
+    root = tagged_tree(tmp_path, ("13",), ROADS)
+    message = refusal("folder", str(root), background)
+    assert message.startswith("--background") and said in message
+
+
+def test_cityscapes_needs_a_background(tmp_path):
+    message = refusal("cityscapes", str(trees.cityscapes_tree(tmp_path)))
+    assert message.startswith("--background") and "road" in message

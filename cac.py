@@ -61,7 +61,7 @@ tables, but not P's running text, and follow C where nothing is said.
     15. `--strength` scales the crop pairs' photometry: ours, for short runs on small pictures.
     Table 3's ablations: --no-projector, --no-context, --no-directed, --no-class-filter, --gamma 0.
 
-    python cac.py    # 54.2 mIoU, mean of three seeds (supervised 46.5); 4 minutes on two CPU cores
+    python cac.py    # 54.2 mIoU, mean of three seeds (supervised 46.5); 6 minutes on two CPU cores
 """
 
 import math

@@ -44,11 +44,11 @@ SLIC instead), and a dense CRF.
     python ial.py
 """
 
-import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -63,16 +63,8 @@ from common.losses import balanced_cross_entropy, cross_entropy
 from common.maps import Maps, at_cells, at_pixels, clamped, filled, stage_panels, tag_view, window
 from common.metrics import evaluate, iou
 from common.optim import descend, sgd_poly
-from common.run import InputError, Result, Run, RunConfig, main
-from common.slic import (
-    at_least_float32,
-    grid_shape,
-    of_segments,
-    paint,
-    project,
-    segment_mean,
-    slic,
-)
+from common.run import InputError, LoneError, Result, Run, RunConfig, main
+from common.slic import at_least_float32, of_segments, paint, project, segment_mean, slic
 from common.spn import propagate
 from common.tags import load_tagged, mask_tags
 
@@ -262,13 +254,26 @@ class RegionNet(nn.Module):
 # --- the stages, in the paper's order; each leaves maps for the next ---
 
 
+def find_superpixels(run: Run, cfg: Config, maps: Maps) -> None:
+    """Superpixels of all pictures, once (paper: of another kind)."""
+    for index in maps.share(run):
+        image = maps.image(index)[None].to(run.device) / 255
+        count = max(image[0, 0].numel() // cfg.segment_size**2, 1)
+        segments = slic(image, count, cfg.compactness)[0]
+        if segments.max() >= 2**16:
+            raise LoneError(f"--segment-size {cfg.segment_size}: more superpixels than 65,536")
+        maps.write("superpixels", index, segments)
+    run.barrier()
+
+
 def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, float]:
-    """A tag classifier and its activation maps; superpixels; the seeds Y_0."""
+    """A tag classifier and its activation maps; the seeds Y_0."""
     net = TagNet(maps.tags.shape[1], cfg.net, cfg.weights)
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
+
     view = partial(tag_view, crop=cfg.crop_size, scales=cfg.scales)
-    batches = maps.loader(steps, view, "tags")
+    batches = maps.loader(run, steps, view, "tags")
     for step, batch in zip(run.loop(steps), batches, strict=True):
         images, tags = run.to_device(batch)
         with run.autocast():
@@ -278,23 +283,19 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
         run.log(step, loss_tags=loss)
     run.average_buffers(net.eval())
 
-    for index, images in maps.each():
+    for index, images in maps.each(run):
         tags = maps.tags[index, None].to(run.device)
         cams = activation_maps(net, images, tags, cfg.cam_scales)  # (1, K, H, W)
         maps.write("cam", index, F.pad(F.avg_pool2d(cams, cfg.stride)[0], (0, 0, 0, 0, 1, 0)))
-        image = maps.image(index)[None].to(run.device) / 255
-        height, width = image.shape[2:]
-        count = max(height * width // cfg.segment_size**2, 1)
-        segments, shape = slic(image, count, cfg.compactness), grid_shape(count, height, width)
-        maps.write("superpixels", index, segments[0])
+        segments = maps.read("superpixels", index)[None].to(run.device)
+        height, width = segments.shape[1:]
         # Averaged over superpixels before the thresholds, as in MCOF (cited).
-        cams = project(cams[..., :height, :width], segments, math.prod(shape))
+        cams = project(cams[..., :height, :width], segments, maps.count)
         maps.write("seeds", index, seeds(cams, tags, cfg.fg, cfg.bg)[0])
     run.barrier()
-    levels = 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6
-    at_levels = (partial(maps.labels, "cam", background=level) for level in levels)
-    best = max(maps.quality("cam", labels)["cam"] for labels in at_levels)
-    return maps.quality("seeds", partial(maps.read, "seeds")) | {"cam": best}
+    levels = 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7
+    best = max(maps.quality(run, "cam", "cam", background=level)["cam"] for level in levels)
+    return maps.quality(run, "seeds", "seeds") | {"cam": best}
 
 
 def train_unary(
@@ -305,7 +306,7 @@ def train_unary(
     optimizer, schedule = sgd_poly([unary], cfg.lr, cfg.weight_decay, len(steps))
     source = "seeds" if t == 1 else f"labels{t - 1}"
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
-    batches = maps.loader(steps, view, source)
+    batches = maps.loader(run, steps, view, source)
     for step, batch in zip(run.loop(steps), batches, strict=True):
         images, labels, _ = run.to_device(batch)
         with run.autocast():
@@ -316,7 +317,7 @@ def train_unary(
             run.note(step, f"unary{t}", val=score().nanmean().item())
     run.average_buffers(unary.eval())
 
-    for index, images in maps.each():
+    for index, images in maps.each(run):
         segments = maps.read("superpixels", index)[None]
         height, width = segments.shape[1:]
         with torch.no_grad(), run.autocast():
@@ -329,8 +330,8 @@ def train_unary(
             maps.write(f"labels{t}", index, labels[0])
     unary.train()
     run.barrier()
-    majority = maps.quality("majority", partial(maps.read, f"majority{t}"))
-    return majority | maps.quality("unary", partial(maps.labels, f"unary{t}"))
+    majority = maps.quality(run, "majority", f"majority{t}")
+    return majority | maps.quality(run, "unary", f"unary{t}")
 
 
 def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
@@ -340,7 +341,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
 
     view = partial(window, cfg.crop_size, cfg.stride)
-    batches = maps.loader(steps, view, "superpixels", f"majority{t}")
+    batches = maps.loader(run, steps, view, "superpixels", f"majority{t}")
     for step, batch in zip(run.loop(steps), batches, strict=True):
         images, *labels = run.to_device(batch)
         segments, painted = (at_cells(label, cfg.stride) for label in labels)
@@ -351,7 +352,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         run.log(step, loss_region=loss)
     run.average_buffers(net.eval())
 
-    for index, images in maps.each():
+    for index, images in maps.each(run):
         segments, painted = (
             maps.read(kind, index)[None] for kind in ("superpixels", f"majority{t}")
         )
@@ -363,7 +364,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         labels = mine(probs, majority, maps.tags[index, None], cfg.tau, cfg.mining, sizes)
         maps.write(f"mined{t}", index, paint(labels, segments)[0])
     run.barrier()
-    return maps.quality("mined", partial(maps.read, f"mined{t}"))
+    return maps.quality(run, "mined", f"mined{t}")
 
 
 def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
@@ -373,7 +374,7 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> d
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
 
     view = partial(window, cfg.crop_size, cfg.stride)
-    batches = maps.loader(steps, view, "superpixels", f"mined{t}", f"unary{t}")
+    batches = maps.loader(run, steps, view, "superpixels", f"mined{t}", f"unary{t}")
     for step, batch in zip(run.loop(steps), batches, strict=True):
         images, segments, mined, unary = run.to_device(batch)
         with run.autocast():
@@ -388,8 +389,8 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> d
         run.log(step, loss_affinity=loss_affinity, loss_smooth=loss_smooth)
     run.average_buffers(net.eval())
 
-    energies = torch.zeros(2, dtype=torch.float64)
-    for index, images in maps.each():
+    energies = torch.zeros(2)
+    for index, images in maps.each(run):
         unary = start = maps.read(f"unary{t}", index)[None].to(run.device)
         if cfg.clamp:
             mined = filled(maps.read(f"mined{t}", index), cfg.stride)[None].to(run.device)
@@ -403,9 +404,9 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> d
         maps.write(f"refined{t}", index, refined[0])
         maps.write(f"labels{t}", index, maps.labels(f"refined{t}", index))
     run.barrier()
-    before, after = run.gather(energies[None].to(run.device)).sum(dim=0).tolist()
-    energies = dict(energy_unary=before / len(maps.names), energy_refined=after / len(maps.names))
-    return maps.quality("refined", partial(maps.read, f"labels{t}")) | energies
+    before, after = run.gather(energies[None].to(run.device)).sum(dim=0) / len(maps.names)
+    refined = maps.quality(run, "refined", f"labels{t}")
+    return refined | dict(energy_unary=before.item(), energy_refined=after.item())
 
 
 # --- training ---
@@ -420,11 +421,10 @@ def plan(cfg: Config) -> list[tuple[str, int, range]]:
         stages.append(("unary", t, cfg.iters))  # the last one is the result
         if cfg.method == "ial" and t <= rounds:
             stages += [("region", t, region), ("pairwise", t, pairwise)]
-    lengths = [length for _, _, length in stages]
-    starts = [sum(lengths[:place]) for place in range(len(stages))]
+    ends = accumulate(steps for _, _, steps in stages)
     return [
-        (name, t, range(first, first + length))
-        for (name, t, length), first in zip(stages, starts, strict=True)
+        (name, t, range(end - steps, end))
+        for (name, t, steps), end in zip(stages, ends, strict=True)
     ]
 
 
@@ -461,7 +461,7 @@ def train(cfg: Config) -> Result:
     check(data, run.rank, run.world)
     initial, trained = deepcopy(unary.state_dict()), run.wrap(unary)
     run.start([unary], data, dict(unary=unary))
-    maps = Maps(run, tagged, cfg.stride)
+    maps = Maps(run.folder / "maps", tagged, cfg.stride)
     val = val_loader(data, whole_view, **run.loading)
 
     def score() -> Tensor:
@@ -473,6 +473,7 @@ def train(cfg: Config) -> Result:
             continue
         run.seed(steps.start)  # of the networks that the stage makes
         if name == "seeds":
+            find_superpixels(run, cfg, maps)
             figures = find_seeds(run, cfg, maps, steps)  # Y_0
         elif name == "unary":
             unary.load_state_dict(initial)  # each f_t starts anew

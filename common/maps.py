@@ -22,15 +22,15 @@ from common.tags import Tagged
 
 
 class Maps:
-    """Training pictures by index, and files `maps/kind/name` of the run's folder, one a picture.
+    """Training pictures by index, and files `kind/name` in a folder, one a picture.
 
     Labels (H, W) are stored as PNG at the picture's pixels. Probabilities (C, h, w), of cells of
     stride x stride pixels, are stored as float16, and only those of the classes that the picture
     may show: the others are 0.
     """
 
-    def __init__(self, run: Run, tagged: Tagged, stride: int):
-        self.run, self.stride, self.names = run, stride, tagged.names
+    def __init__(self, folder: Path, tagged: Tagged, stride: int):
+        self.folder, self.stride, self.names = folder, stride, tagged.names
         self.pairs, self.lookup = tagged.data.labeled, tagged.data.lookup
         self.num_classes = len(tagged.data.classes)
         self.tags = tagged.tags  # (N, K) bool
@@ -44,7 +44,7 @@ class Maps:
 
     def write(self, kind: str, index: int, value: Tensor) -> None:
         """Replace a picture's map of a kind: int64 labels (H, W) or probabilities (C, h, w)."""
-        path = self.run.folder / "maps" / kind / self.names[index]
+        path = self.folder / kind / self.names[index]
         path.parent.mkdir(parents=True, exist_ok=True)
         value = value.cpu()
         if value.is_floating_point():
@@ -55,7 +55,7 @@ class Maps:
 
     def read(self, kind: str, index: int) -> Tensor:
         """A picture's map, int64 or float32. Raises InputError where it is lost or damaged."""
-        path = self.run.folder / "maps" / kind / self.names[index]
+        path = self.folder / kind / self.names[index]
         try:
             if _end(path, ".png").is_file():
                 with Image.open(_end(path, ".png")) as png:
@@ -67,13 +67,20 @@ class Maps:
         probs[self.possible[index]] = stored
         return probs
 
+    def draw(self, index: int, kinds: Sequence[str]) -> list[Tensor]:
+        """A picture, and its maps of these kinds; "tags" stands for its tags."""
+        maps = [self.tags[index] if kind == "tags" else self.read(kind, index) for kind in kinds]
+        return [self.image(index), *maps]
+
     def labels(self, kind: str, index: int, background: float | None = None) -> Tensor:
-        """The likeliest classes (H, W) of a map of probabilities; background: that of class 0."""
-        probs = self.read(kind, index)
+        """A map's labels (H, W), of probabilities the likeliest; background: that of class 0."""
+        stored = self.read(kind, index)
+        if stored.ndim == 2:
+            return stored
         if background is not None:
-            probs[0] = background
+            stored[0] = background
         height, width = self.image(index).shape[1:]
-        return at_pixels(probs[None], self.stride).argmax(dim=1)[0, :height, :width]
+        return at_pixels(stored[None], self.stride).argmax(dim=1)[0, :height, :width]
 
     @functools.cached_property
     def count(self) -> int:
@@ -82,46 +89,49 @@ class Maps:
 
     # --- many pictures ---
 
-    def loader(self, steps: range, view: Callable, *kinds: str) -> DataLoader:
+    def loader(self, run: Run, steps: range, view: Callable, *kinds: str) -> DataLoader:
         """A batch for each step of a stage: view(picture, its maps of these kinds) of random ones.
 
         The kind "tags" stands for a picture's tags.
         """
-        batch_size, seed = self.run.cfg.batch_size, (self.run.cfg.seed, 2, steps.start)
+        batch_size, seed = run.cfg.batch_size, (run.cfg.seed, 2, steps.start)
+        read = functools.partial(self.draw, kinds=kinds)
+        draws = Draws(range(len(self.names)), read, view, seed, batch_size * run.world)
+        return draws_loader(draws, batch_size, range(len(steps)), **run.loading)
 
-        def read(index: int) -> list[Tensor]:
-            maps = [self.tags[index] if k == "tags" else self.read(k, index) for k in kinds]
-            return [self.image(index), *maps]
+    def share(self, run: Run) -> range:
+        """This process's share of the pictures."""
+        return range(run.rank, len(self.names), run.world)
 
-        draws = Draws(range(len(self.names)), read, view, seed, batch_size * self.run.world)
-        return draws_loader(draws, batch_size, range(len(steps)), **self.run.loading)
-
-    def each(self) -> Iterator[tuple[int, Tensor]]:
+    def each(self, run: Run) -> Iterator[tuple[int, Tensor]]:
         """This process's share of the pictures: index, and (1, 3, H', W') on the device.
 
         Pictures are normalised; H' and W' are the sides filled up to multiples of the stride.
         """
-        for index in range(self.run.rank, len(self.names), self.run.world):
+        for index in self.share(run):
             image = filled(self.image(index), self.stride)
-            yield index, normalise(image.to(self.run.device).float() / 255)[None]
+            yield index, normalise(image.to(run.device).float() / 255)[None]
 
-    def quality(self, name: str, predict: Callable[[int], Tensor]) -> dict[str, float]:
-        """How labels predict(index) (H, W), 255 unknown, compare with the pictures' masks.
+    def quality(
+        self, run: Run, name: str, kind: str, background: float | None = None
+    ) -> dict[str, float]:
+        """How the labels of a kind, 255 unknown, compare with the pictures' masks.
 
         `name` is the mIoU where labels are known. Precision: the share of pixels given to
         foreground (fg), to background (bg), that are right; coverage: the share of their true
         pixels that are labelled. NaN without masks.
         """
-        size, device = self.num_classes, self.run.device
+        size = self.num_classes
         known, total = (torch.zeros(size, size, dtype=torch.int64) for _ in range(2))
-        for index in range(self.run.rank, len(self.names), self.run.world):
+        for index in self.share(run):
             if self.pairs[index][1] is not None:
-                truth, labels = read_pair(self.pairs[index], self.lookup)[1].long(), predict(index)
+                truth = read_pair(self.pairs[index], self.lookup)[1].long()
                 total += confusion_matrix(torch.zeros_like(truth), truth, size)
+                labels = self.labels(kind, index, background)
                 truth[labels == VOID] = VOID
                 known += confusion_matrix(labels.masked_fill(labels == VOID, 0), truth, size)
-        both = self.run.gather(torch.stack([known, total])[None].to(device)).sum(dim=0)
-        known, total = both.double().cpu()
+        both = run.gather(torch.stack([known, total])[None].to(run.device)).sum(dim=0)
+        known, total = both.cpu().double()
         hits = known.diagonal()
         return {
             name: mean_iou(known),
@@ -148,7 +158,7 @@ def stage_panels(
         regions = project(image[None].float(), segments, maps.count)[0]
         labels = [maps.read(kind, index) for kind in kinds.values()]
         with evaluating(model):
-            whole = filled(image, maps.stride).to(maps.run.device)
+            whole = filled(image, maps.stride).to(next(model.parameters()).device)
             predicted = model(normalise(whole.float() / 255)[None]).argmax(dim=1)[0].cpu()
         height, width = image.shape[1:]
         labels += [predicted[:height, :width], read_pair(maps.pairs[index], maps.lookup)[1]]

@@ -30,11 +30,10 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
     """List a dataset's files and the tags of its training pictures; class 0 is background.
 
     background: class names, separated by commas, that are merged into class 0; needed where class
-    0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id or
-    file name and its class names, a line each; commas or tabs between names that hold blanks),
-    else from VOC's Annotations/, else from the classes in the masks. Pictures whose mask shows
-    background alone are left out.
-    Raises InputError that names the file or flag.
+    0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id,
+    with or without suffix, and its class names, a line each; commas or tabs where names hold
+    blanks), else from VOC's Annotations/, else from the classes in the masks. Pictures whose mask
+    shows background alone are left out. Raises InputError that names the file or flag.
     """
     found = merge_background(layout(dataset, data_path), background)
     names, listed = sorted(found.train), found.root / "tags.txt"
@@ -95,7 +94,7 @@ def merge_background(found: Layout, background: str) -> Layout:
 
 def _read_tags(path: Path, found: Layout) -> dict[str, set[int]]:
     """The classes of the pictures that a tags.txt lists; the others are not used."""
-    files = {Path(image).name: name for name, (image, _) in found.train.items()}
+    files = {name + Path(image).suffix: name for name, (image, _) in found.train.items()}
     shown = {}
     for line in read_lines(path):
         separator = "\t" if "\t" in line else "," if "," in line else None

@@ -95,6 +95,17 @@ def test_tags_txt_goes_before_masks_which_need_not_be_there(text, tmp_path):
     check(tagged.data)
 
 
+def test_pictures_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    root = tagged_tree(tmp_path)
+    for kind in ("images", "masks"):
+        (root / kind / "train" / "sub").mkdir()
+        path = root / kind / "train" / "000.png"
+        shutil.copy(path, path.parent / "sub" / "000.png")
+    (root / "tags.txt").write_text("000.png cat\nsub/000.png, sea lion\n")
+    expected = {"000": {"cat"}, "sub/000": {"sea lion"}}
+    assert shown(load_tagged("folder", str(root))) == expected
+
+
 def write_xml(root, name, *classes):
     folder = root / "VOC2012" / "Annotations"
     folder.mkdir(exist_ok=True)

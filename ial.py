@@ -63,7 +63,7 @@ from common.losses import balanced_cross_entropy, cross_entropy
 from common.maps import Maps, at_cells, at_pixels, clamped, filled, stage_panels, tag_view, window
 from common.metrics import evaluate, iou
 from common.optim import descend, sgd_poly
-from common.run import InputError, LoneError, Result, Run, RunConfig, main
+from common.run import InputError, Result, Run, RunConfig, main
 from common.slic import at_least_float32, of_segments, paint, project, segment_mean, slic
 from common.spn import propagate
 from common.tags import load_tagged, mask_tags
@@ -130,7 +130,6 @@ def smoothness_loss(
     count: int,
     probes: int = 2,
     passes: int = 1,
-    generator: torch.Generator | None = None,
     rule: str = "softmax",
 ) -> Tensor:
     """L_s = ||G - P G||^2 / N (Frobenius norm), estimated; a mean over the batch.
@@ -139,13 +138,10 @@ def smoothness_loss(
     ||G - G_s||^2 with G_s of the superpixels; P G for G_s is our reading. It is 0 if and only if
     G makes any map constant on every superpixel: smooth inside, edges at borders. The estimate
     (Hutchinson) is ||(I - P) G z||^2 / N, a mean over `probes` maps z of random signs: without
-    bias, since the mean of z z^T is I. Signs come from the CPU, or from where the generator is.
+    bias, since the mean of z z^T is I. Signs are drawn on the CPU.
     """
-    # A constant input: the gradient reaches the gates alone.
-    shape = len(gates), probes, *gates.shape[-2:]
-    device = "cpu" if generator is None else generator.device
-    coins = torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8)
-    signs = (2 * coins - 1).to(gates)  # z
+    coins = torch.randint(2, (len(gates), probes, *gates.shape[-2:]), dtype=torch.int8)
+    signs = (2 * coins - 1).to(gates)  # z, a constant: the gradient reaches the gates alone
     moved = propagate(signs, gates, passes, rule)  # G z
     return (moved - project(moved, segments, count)).square().mean()
 
@@ -259,10 +255,7 @@ def find_superpixels(run: Run, cfg: Config, maps: Maps) -> None:
     for index in maps.share(run):
         image = maps.image(index)[None].to(run.device) / 255
         count = max(image[0, 0].numel() // cfg.segment_size**2, 1)
-        segments = slic(image, count, cfg.compactness)[0]
-        if segments.max() >= 2**16:
-            raise LoneError(f"--segment-size {cfg.segment_size}: more superpixels than 65,536")
-        maps.write("superpixels", index, segments)
+        maps.write("superpixels", index, slic(image, count, cfg.compactness)[0])
     run.barrier()
 
 
@@ -353,9 +346,8 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
     run.average_buffers(net.eval())
 
     for index, images in maps.each(run):
-        segments, painted = (
-            maps.read(kind, index)[None] for kind in ("superpixels", f"majority{t}")
-        )
+        segments = maps.read("superpixels", index)[None]
+        painted = maps.read(f"majority{t}", index)[None]
         cells = at_cells(filled(segments, cfg.stride), cfg.stride).to(run.device)
         with torch.no_grad():
             probs = net(images, cells, maps.count).softmax(dim=2).cpu()  # (1, S, C)
@@ -381,11 +373,9 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> d
             gates = trained(images).float()  # (B, 4, 4, h, w)
         refined = propagate(unary, gates, cfg.passes, cfg.rule)  # α^p = G α^u
         loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)  # L_α
-        segments = at_cells(segments, cfg.stride)
-        loss_smooth = smoothness_loss(  # L_s
-            gates, segments, maps.count, cfg.probes, cfg.passes, rule=cfg.rule
-        )
-        descend(loss_affinity + cfg.lam * loss_smooth, optimizer, schedule)
+        cells = at_cells(segments, cfg.stride)
+        loss_smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, cfg.rule)
+        descend(loss_affinity + cfg.lam * loss_smooth, optimizer, schedule)  # L_α + λ L_s
         run.log(step, loss_affinity=loss_affinity, loss_smooth=loss_smooth)
     run.average_buffers(net.eval())
 
@@ -438,9 +428,6 @@ def check_flags(cfg: Config) -> None:
     if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:
         given = " ".join(map(str, cfg.net_steps))
         raise InputError(f"--net-steps {given}: must be three shares of --iters, a step or more")
-    for name in ("segment_size", "probes", "passes", "stride"):
-        if not getattr(cfg, name):
-            raise InputError(f"--{name.replace('_', '-')} 0: must be positive")
     if cfg.crop_size % cfg.stride:
         raise InputError(f"--stride {cfg.stride}: must divide --crop-size {cfg.crop_size}")
 

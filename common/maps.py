@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from common.augment import normalise, random_flip, train_view
 from common.data import VOID, Data, Draws, draws_loader, read_pair
-from common.flags import InputError
+from common.flags import InputError, LoneError
 from common.metrics import confusion_matrix, evaluating, mean_iou
 from common.predict import colorize, sheet
 from common.run import Run
@@ -50,6 +50,8 @@ class Maps:
         if value.is_floating_point():
             np.save(_end(path, ".npy"), value[self.possible[index]].to(torch.float16).numpy())
         else:
+            if value.max() >= 2**16:
+                raise LoneError(f"{path}: over 65,536 superpixels; take a larger --segment-size")
             bits = torch.uint8 if value.max() < 256 else torch.uint16
             Image.fromarray(value.to(bits).numpy()).save(_end(path, ".png"))
 

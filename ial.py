@@ -428,7 +428,7 @@ def check_flags(cfg: Config) -> None:
     if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:
         given = " ".join(map(str, cfg.net_steps))
         raise InputError(f"--net-steps {given}: must be three shares of --iters, a step or more")
-    if cfg.crop_size % cfg.stride:
+    if cfg.stride and cfg.crop_size % cfg.stride:
         raise InputError(f"--stride {cfg.stride}: must divide --crop-size {cfg.crop_size}")
 
 

@@ -130,6 +130,7 @@ def smoothness_loss(
     count: int,
     probes: int = 2,
     passes: int = 1,
+    generator: torch.Generator | None = None,
     rule: str = "softmax",
 ) -> Tensor:
     """L_s = ||G - P G||^2 / N (Frobenius norm), estimated; a mean over the batch.
@@ -138,10 +139,13 @@ def smoothness_loss(
     ||G - G_s||^2 with G_s of the superpixels; P G for G_s is our reading. It is 0 if and only if
     G makes any map constant on every superpixel: smooth inside, edges at borders. The estimate
     (Hutchinson) is ||(I - P) G z||^2 / N, a mean over `probes` maps z of random signs: without
-    bias, since the mean of z z^T is I. Signs are drawn on the CPU.
+    bias, since the mean of z z^T is I. Signs come from the CPU, or from where the generator is.
     """
-    coins = torch.randint(2, (len(gates), probes, *gates.shape[-2:]), dtype=torch.int8)
-    signs = (2 * coins - 1).to(gates)  # z, a constant: the gradient reaches the gates alone
+    shape = len(gates), probes, *gates.shape[-2:]
+    # A constant input: the gradient reaches the gates alone.
+    device = "cpu" if generator is None else generator.device
+    coins = torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8)
+    signs = (2 * coins - 1).to(gates)  # z
     moved = propagate(signs, gates, passes, rule)  # G z
     return (moved - project(moved, segments, count)).square().mean()
 
@@ -374,7 +378,9 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> d
         refined = propagate(unary, gates, cfg.passes, cfg.rule)  # α^p = G α^u
         loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)  # L_α
         cells = at_cells(segments, cfg.stride)
-        loss_smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, cfg.rule)
+        loss_smooth = smoothness_loss(  # L_s
+            gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule
+        )
         descend(loss_affinity + cfg.lam * loss_smooth, optimizer, schedule)  # L_α + λ L_s
         run.log(step, loss_affinity=loss_affinity, loss_smooth=loss_smooth)
     run.average_buffers(net.eval())

@@ -199,20 +199,14 @@ def majority_labels(
 
 
 def mine(
-    region_probs: Tensor | None,
-    majority: Tensor,
-    tags: Tensor,
-    tau: float,
-    mode: str = "relabel",
-    sizes: Tensor | None = None,
+    region_probs: Tensor | None, majority: Tensor, tags: Tensor, tau: float, mode: str = "relabel"
 ) -> Tensor:
     """Y_t on superpixels: the region network's class where it is confident. -> (B, S) int64.
 
     region_probs (B, S, K + 1), majority (B, S) from `majority_labels`, tags (B, K) bool; 255 is
     unknown. relabel (paper's Fig. 4, our reading): the likeliest of the picture's classes where
-    its probability, renormalised over them, is tau or more, whatever the majority says. rule80:
-    the majority's label and no network; region_probs may be None. Superpixels with sizes (B, S)
-    of 0 are unknown, and so are those whose probabilities are NaN.
+    its probability, renormalised over them, is tau or more, whatever the majority says; never
+    where it is NaN. rule80: the majority's label and no network; region_probs may be None.
     """
     if mode == "relabel":
         conf, labels = mask_tags(region_probs.mT, tags).max(dim=1)  # (B, S)
@@ -223,8 +217,6 @@ def mine(
         known = (majority != VOID) & possible.gather(1, labels)
     else:
         raise ValueError(f'mode is "relabel" or "rule80", not {mode!r}')
-    if sizes is not None:
-        known = known & (sizes > 0)
     return torch.where(known, labels, VOID)
 
 
@@ -355,9 +347,10 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         cells = at_cells(filled(segments, cfg.stride), cfg.stride).to(run.device)
         with torch.no_grad():
             probs = net(images, cells, maps.count).softmax(dim=2).cpu()  # (1, S, C)
-        sizes = torch.bincount(cells.flatten(), minlength=maps.count)[None].cpu()
+        unseen = torch.bincount(cells.flatten(), minlength=maps.count).cpu() == 0
+        probs = probs.masked_fill(unseen[:, None], torch.nan)  # no cell of them, no features
         majority = of_segments(painted, segments, maps.count)
-        labels = mine(probs, majority, maps.tags[index, None], cfg.tau, cfg.mining, sizes)
+        labels = mine(probs, majority, maps.tags[index, None], cfg.tau, cfg.mining)
         maps.write(f"mined{t}", index, paint(labels, segments)[0])
     run.barrier()
     return maps.quality(run, "mined", f"mined{t}")

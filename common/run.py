@@ -376,10 +376,11 @@ class Run:
             memory = ""
             if self.device.type == "cuda":
                 memory = f", {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB peak"
-            print(
-                f"mIoU {100 * self.miou:.2f} at the last step (best on validation "
-                f"{100 * self.best:.2f}), {time.time() - self.started:.0f} s{memory}: {self.folder}"
-            )
+            figures = "no network to evaluate"
+            if self.history:
+                figures = f"mIoU {100 * self.miou:.2f} at the last step (best on validation "
+                figures += f"{100 * self.best:.2f})"
+            print(f"{figures}, {time.time() - self.started:.0f} s{memory}: {self.folder}")
         model = self.networks[0] if len(self.networks) == 1 else Ensemble(self.networks)
         return Result(model.eval(), self.miou, self.history)
 

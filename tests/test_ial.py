@@ -477,19 +477,18 @@ def region_case(batch=3, count=50, classes=5):
 
 def test_mining_is_the_loop_over_superpixels():
     probs, majority, tags = region_case()
-    sizes = (torch.rand(majority.shape) < 0.8).long()
-    ours = ial.mine(probs, majority, tags, 0.7, sizes=sizes)
-    strict = ial.mine(None, majority, tags, 0.7, "rule80", sizes)
+    ours = ial.mine(probs, majority, tags, 0.7)
+    strict = ial.mine(None, majority, tags, 0.7, "rule80")
     assert ours.dtype == strict.dtype == torch.int64
     for b, s in product(range(3), range(50)):
         allowed = [0, *(k + 1 for k in range(4) if tags[b, k])]
         own = {k: probs[b, s, k].item() for k in allowed}
         best = max(own, key=own.get)
-        sure = own[best] / sum(own.values()) >= 0.7 and sizes[b, s] > 0
+        sure = own[best] / sum(own.values()) >= 0.7
         assert ours[b, s] == (best if sure else 255)
         label = majority[b, s].item()
-        assert strict[b, s] == (label if label in allowed and sizes[b, s] > 0 else 255)
-    assert (ours[0][sizes[0] > 0] == 0).all()  # no tags: all is background
+        assert strict[b, s] == (label if label in allowed else 255)
+    assert (ours[0] == 0).all()  # no tags: all is background
 
 
 def test_mining_relabels_and_coverage_falls_with_tau():

@@ -9,37 +9,40 @@ all superpixels by what regions of a class have in common, and the confident one
 network, which learns the affinity G of pixels from the picture. G carries the unary prediction to
 its neighbours, and what comes out trains the next unary network: each learns from the other.
 
-Each choice is marked: [paper] from its abstract, figures, tables, and formulas that others report,
-[cited] from a work that it builds on, [ours]. We did not have its text, and no code is public.
+Each choice is marked: [paper] from its abstract, figures, tables, and formulas that a review
+reports, [cited] from related work, [ours]. We did not have its text, and no code is public.
 
-Energy and EM, corrected. Pixels are a graph with weights W >= 0, D = diag(W 1), L = D - W, and
-G = I - L, whose rows sum to 1 [paper]. J(α) = α^T L α = 1/2 sum w_ij (α_i - α_j)^2 for symmetric W,
-and the sought α minimises it.
+Energy and EM, with that review's slips corrected (argmax for argmin, twice; a factor 2). Pixels are
+a graph with weights W >= 0, D = diag(W 1), L = D - W, and G = I - L, whose rows sum to 1 [paper].
+J(α) = α^T L α = 1/2 sum w_ij (α_i - α_j)^2 for symmetric W, and the sought α minimises it.
     E-step    dJ/dα = 2 L α; a step of length 1/2 gives α^p = α^u - L α^u = G α^u.
-    M-step g  For rows on the simplex sum_c y_c log p_c <= log sum_c y_c p_c (Jensen), so that
-              -Y^T log α^p bounds -sum log(y . p) from above: g learns L as the minimiser, not the
-              maximiser, of α^T L α.
+    M-step g  For rows on the simplex sum_c y_c log p_c <= log sum_c y_c p_c (Jensen), and
+              -log s >= 1 - s, so that -Y^T log α^p >= N - Y^T G α^u, for Y = α^u a constant plus
+              α^T L α: the loss bounds J from above, and g lowers it over L.
     M-step f  f learns α^p.
 With Y = α^u the M-step for g has the trivial solution G = I. Hence the mined Y, of which
-Y^T L α <= α^T L α is expected, not proved. That J falls in each E-step is a theorem for symmetric G
-with a spectrum in (-1, 1]. The G of the scans is not symmetric, and steps of SGD on f and g promise
-nothing: the logged energy shows what happened.
+Y^T L α <= α^T L α is expected, not proved. The paper claims that alternating descent of J ends in a
+local minimum. That J falls in each E-step is a theorem for symmetric G with a spectrum in (-1, 1];
+the G of the scans is not symmetric, and steps of SGD on f and g promise nothing: the logged energy
+shows what happened. With --passes 2, α^p is two E-steps, G^2 α^u.
 
 Where to find it
     α^p = G α^u         propagate, gate_weights     [cited: SPN] mean and softmax [ours]
-    L_α = -Y log α^p    affinity_loss               [paper]
+    L_α = -Y^T log α^p  affinity_loss               [paper]
     L_s = ||G - G_s||   smoothness_loss             [paper] G_s = P G [ours]
     E(α)                energy                      [ours], the symmetric part of G
-    Y_0                 find_seeds, seeds           [paper] thresholds [cited: IRN]
+    Y_0                 find_seeds, seeds           [paper] loss [cited: PSA], rule [cited: IRN]
     80 % rule           majority_labels             [paper]
-    f^m, Y_t            RegionNet, mine             [paper] relabel, τ from its Fig. 4 [ours]
-    f_t, g_t            train_unary, train_pairwise [paper] networks, steps [ours]
+    f^m, Y_t            RegionNet, mine             [paper] class weights, relabel, τ [ours]
+    f_t                 train_unary                 [paper] one more at the end [cited: MCOF]
+    g_t                 train_pairwise              [paper] network after SPN's [cited]
 
-Left out, for what measurements on toy pictures say: the maximum over scans (not linear; it
-collapsed without further layers), a G for each class (α would leave the simplex), G_s = P and means
-of the gates (the first no better, the second harmful: a border needs low gates beside high ones),
-mining by agreement or veto (66.6 and 70.7 mIoU against 71.8), graph-based superpixels (sequential;
-SLIC instead), and a dense CRF.
+Left out, with the mIoU that prototypes had on other toy pictures: the maximum over scans (31 for
+66; it is not linear), other G_s (P itself 70.8, means of the gates 68.0, of G α^u alone 71.4, or 39
+with ten times the weight; ours 71.0, no L_s 70.2), mining by agreement or veto (66.6, 70.7; ours
+71.8). Not tried: a G for each class (α would leave the simplex), graph-based superpixels
+(sequential), a dense CRF. Mined labels that taught the unary network directly had 75.8 there: most
+of the gain is the mining's.
 
     python ial.py
 """
@@ -58,12 +61,12 @@ from torch import Tensor, nn
 from common.augment import train_view, whole_view
 from common.data import VOID, check, val_loader
 from common.deeplab import DeepLabV3Plus
-from common.encoders import GuidanceNet, TagNet, activation_maps, resized, trunk
+from common.encoders import GuidanceNet, RegionNet, TagNet, activation_maps
 from common.losses import balanced_cross_entropy, cross_entropy
-from common.maps import Maps, at_cells, at_pixels, clamped, filled, stage_panels, tag_view, window
+from common.maps import Maps, at_cells, at_pixels, clamped, crop_view, pad, stage_panels, tag_view
 from common.metrics import evaluate, iou
 from common.optim import descend, sgd_poly
-from common.run import InputError, Result, Run, RunConfig, main
+from common.run import InputError, Result, Run, RunConfig, check_config, main
 from common.slic import at_least_float32, of_segments, paint, project, segment_mean, slic
 from common.spn import propagate
 from common.tags import load_tagged, mask_tags
@@ -71,56 +74,59 @@ from common.tags import load_tagged, mask_tags
 
 @dataclass
 class Config(RunConfig):
-    """IAL's own settings, here those of the embedded dataset; RECIPES has the others."""
+    """IAL's settings for the embedded dataset, ours unless marked; RECIPES has the others."""
 
-    iters: int = 250  # steps of a unary network; the other networks' are shares of them
+    iters: int = 240  # steps of a unary network; the other networks' are shares of them
+    eval_every: int = 120  # steps of a unary network between two looks at its mIoU
     crop_size: int = 64  # side of a training crop in pixels, a multiple of 8
-    batch_size: int = 8  # pictures per process
+    batch_size: int = 16  # pictures per process
     background: str = ""  # names of the classes, with commas between, that become class 0
     method: Literal["ial", "direct", "unary", "cam"] = "ial"  # the others are baselines
-    rounds: int = 3  # T: 5 in the paper
-    net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # of the other networks
-    net_lr: float = 0.05  # their learning rate
-    net_steps: tuple[float, ...] = (1.2, 0.8, 0.8)  # classifier, region, pairwise: shares of iters
+    rounds: int = 2  # T: 5 in the paper
+    net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # the other three networks
+    net_lr: float = 0.2  # their learning rate
+    net_steps: tuple[float, ...] = (1.2, 0.5, 1.8)  # classifier, region, pairwise: shares of iters
     cam_scales: tuple[float, ...] = (1.0,)  # of a picture, at which activation maps are summed
-    fg: float = 0.6  # a superpixel is a seed of a class whose activation is above this
-    bg: float = 0.2  # and of background where all are below this
+    fg: float = 0.3  # a seed of a class is a superpixel with activation above this (cited: IRN)
+    bg: float = 0.05  # and of background one where all are below this (cited: IRN)
     segment_size: int = 6  # side of a superpixel in pixels, about
     compactness: float = 20.0  # of superpixels: weight of place against colour
-    share: float = 0.8  # of a superpixel's pixels that have to agree on a class
-    mining: Literal["relabel", "rule80"] = "relabel"  # with the region network, or without
-    tau: float = 0.7  # τ: confidence of the region network from which on a region is mined
+    share: float = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
+    mining: Literal["relabel", "rule80"] = "relabel"  # by the region network (paper), or without
+    tau: float = 0.7  # τ: confidence from which on a region is mined; read off the paper's Fig. 4
     lam: float = 0.3  # λ, weight of the smoothness loss
     probes: int = 2  # R, random maps that estimate it
-    passes: int = 2  # how often G is applied
-    rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of a network's output
+    passes: int = 2  # how often G is applied (cited: SPN)
+    rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)
     clamp: bool = False  # propagate mined labels where there are any: ours, not the paper's
     stride: int = 2  # side of a cell in pixels: maps are propagated from cell to cell
     scales: tuple[float, ...] = (1.0,)  # of the classifier's and unary networks' training crops
     width: int = 64  # channels of ASPP and decoder: 256 in the DeepLabv3+ paper
 
 
-# 321 pixels, two thresholds, networks as in the works that it cites; lengths and rates are ours.
+# Crops of about the usual 321 pixels, scales of PSA (cited); networks, lengths, rates are ours.
 REAL = dict(backbone="resnet50", weights="IMAGENET1K_V1", width=256, crop_size=320, workers=4)
 REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5)
 REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
-REAL |= dict(cam_scales=(0.5, 1.0, 1.5, 2.0), fg=0.3, bg=0.05, segment_size=13, compactness=10.0)
-REAL |= dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5))
-RECIPES = {"shapes": {}} | {name: REAL | dict(dataset=name) for name in ("folder", "voc")}
+REAL |= dict(cam_scales=(0.5, 1.0, 1.5, 2.0), scales=(0.5, 0.75, 1.0, 1.25, 1.5), batch_size=8)
+REAL |= dict(segment_size=13, compactness=10.0)
+RECIPES = {name: REAL | dict(dataset=name) for name in ("folder", "voc", "cityscapes")}
+RECIPES["shapes"] = {}
 
 
 # --- the pairwise network: α^p = G α^u ---
 
 
 def affinity_loss(refined: Tensor, labels: Tensor) -> Tensor:
-    """L_α = -Y log α^p (paper), a mean over the pixels whose label is known.
+    """L_α = -Y^T log α^p (paper), a mean over the pixels whose label is known.
 
     refined α^p (B, C, H, W), probabilities; labels Y (B, H, W), 255 unknown -> (). Nothing known:
-    0, with zero gradient. A probability below 1e-6 counts as 1e-6, and passes no gradient (ours).
+    0, with zero gradient. A value below 1e-6 counts as 1e-6, one above 1, which `abs` can give, as
+    1; neither passes a gradient (ours).
     """
     known = labels != VOID
     chosen = refined.gather(1, torch.where(known, labels, 0)[:, None])[:, 0]  # (B, H, W)
-    losses = -chosen.clamp(min=1e-6).log()
+    losses = -chosen.clamp(1e-6, 1.0).log()
     return torch.where(known, losses, 0.0).sum() / known.sum().clamp(min=1)
 
 
@@ -136,10 +142,11 @@ def smoothness_loss(
     """L_s = ||G - P G||^2 / N (Frobenius norm), estimated; a mean over the batch.
 
     gates (B, 4, 4, H, W), segments (B, H, W) at the gates' resolution -> (). The paper's L_s is
-    ||G - G_s||^2 with G_s of the superpixels; P G for G_s is our reading. It is 0 if and only if
-    G makes any map constant on every superpixel: smooth inside, edges at borders. The estimate
-    (Hutchinson) is ||(I - P) G z||^2 / N, a mean over `probes` maps z of random signs: without
-    bias, since the mean of z z^T is I. Signs come from the CPU, or from where the generator is.
+    ||G - G_s||^2 with G_s of the superpixels; P G for G_s is our reading. G is `propagate` with all
+    its passes. The loss is 0 if and only if G makes any map constant on every superpixel: smooth
+    inside, edges at borders. The estimate (Hutchinson) is ||(I - P) G z||^2 / N, a mean over
+    `probes` maps z of random signs: without bias, since the mean of z z^T is I. Signs come from
+    the CPU, or from where the generator is.
     """
     shape = len(gates), probes, *gates.shape[-2:]
     # A constant input: the gradient reaches the gates alone.
@@ -156,8 +163,8 @@ def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax"
         1/2 sum over i of [α_i^2 - 2 α_i (G α)_i + (G α^2)_i]        (rows of G sum to 1)
 
     values α (B, C, H, W), gates (B, 4, 4, H, W) -> (B,). The paper's J is α^T L α with G = I - L,
-    for a symmetric G. That of the scans is not; this is α^T L α of its symmetric part (ours), and
-    it is never negative under `softmax`. α^T (I - G) α of such a G can be.
+    for a symmetric G. That of the scans is not; this is α^T L α with L = D - W of its symmetric
+    part W = (G + G^T) / 2 (ours), never negative under `softmax`. α^T (I - G) α of such a G can be.
     """
     values = at_least_float32(values)
     squares = values.square()
@@ -220,34 +227,11 @@ def mine(
     return torch.where(known, labels, VOID)
 
 
-# --- the networks beside the unary one (ours, but for what they are of) ---
-
-
-class RegionNet(nn.Module):
-    """f^m: the mean of the features in a superpixel (mask pooling: paper), classified.
-
-    images (B, 3, H, W), segments (B, h, w) at the cells, ids below count = S -> logits (B, S, C).
-    The field of view is about a superpixel. A wide one would see, and repeat, what the unary
-    network made of the surroundings; a narrow one finds what regions of a class have in common.
-    """
-
-    def __init__(self, num_classes: int, net: str, weights: str):
-        super().__init__()
-        self.stages, widths = trunk(net, weights, 2, [(24, 2, 1), (48, 1, 1)])
-        self.head = nn.Sequential(
-            nn.Linear(widths[-1], 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)
-        )
-
-    def forward(self, images: Tensor, segments: Tensor, count: int) -> Tensor:
-        features = resized(nn.Sequential(*self.stages)(images), segments)
-        return self.head(segment_mean(features, segments, count)[0])
-
-
 # --- the stages, in the paper's order; each leaves maps for the next ---
 
 
 def find_superpixels(run: Run, cfg: Config, maps: Maps) -> None:
-    """Superpixels of all pictures, once (paper: of another kind)."""
+    """Superpixels of all pictures, once. SLIC is ours; the paper's Fig. 4 looks graph-based."""
     for index in maps.share(run):
         image = maps.image(index)[None].to(run.device) / 255
         count = max(image[0, 0].numel() // cfg.segment_size**2, 1)
@@ -267,7 +251,7 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
         images, tags = run.to_device(batch)
         with run.autocast():
             scores = trained(images).mean(dim=(2, 3))  # (B, K)
-            loss = F.multilabel_soft_margin_loss(scores, tags.float())
+            loss = F.multilabel_soft_margin_loss(scores, tags.float())  # as PSA's (cited)
         descend(loss, optimizer, schedule)
         run.log(step, loss_tags=loss)
     run.average_buffers(net.eval())
@@ -282,8 +266,7 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
         cams = project(cams[..., :height, :width], segments, maps.count)
         maps.write("seeds", index, seeds(cams, tags, cfg.fg, cfg.bg)[0])
     run.barrier()
-    levels = 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7
-    best = max(maps.quality(run, "cam", "cam", background=level)["cam"] for level in levels)
+    best = maps.best_threshold(run, "cam", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
     return maps.quality(run, "seeds", "seeds") | {"cam": best}
 
 
@@ -303,6 +286,7 @@ def train_unary(
         descend(loss, optimizer, schedule)
         run.log(step, loss_unary=loss)
         if (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop:
+            run.average_buffers(unary)
             run.note(step, f"unary{t}", val=score().nanmean().item())
     run.average_buffers(unary.eval())
 
@@ -319,21 +303,24 @@ def train_unary(
             maps.write(f"labels{t}", index, labels[0])
     unary.train()
     run.barrier()
-    majority = maps.quality(run, "majority", f"majority{t}")
-    return majority | maps.quality(run, "unary", f"unary{t}")
+    return maps.quality(run, "majority", f"majority{t}") | maps.quality(run, "unary", f"unary{t}")
 
 
 def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
-    """f^m learns the superpixels that 80 % agree on, then judges all of them: Y_t."""
+    """f^m learns the superpixels that 80 % agree on, then judges all of them: Y_t.
+
+    With --mining rule80 nothing is learnt, and the stage's steps are not taken.
+    """
+    steps = steps if cfg.mining == "relabel" else steps[:0]
     net = RegionNet(maps.num_classes, cfg.net, cfg.weights)
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
 
-    view = partial(window, cfg.crop_size, cfg.stride)
+    view = partial(crop_view, cfg.crop_size, cfg.stride)
     batches = maps.loader(run, steps, view, "superpixels", f"majority{t}")
     for step, batch in zip(run.loop(steps), batches, strict=True):
-        images, *labels = run.to_device(batch)
-        segments, painted = (at_cells(label, cfg.stride) for label in labels)
+        images, *both = run.to_device(batch)
+        segments, painted = (at_cells(pixels, cfg.stride) for pixels in both)
         majority = of_segments(painted, segments, maps.count)  # (B, S)
         with run.autocast():
             loss = balanced_cross_entropy(trained(images, segments, maps.count), majority)  # L_m
@@ -344,11 +331,11 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
     for index, images in maps.each(run):
         segments = maps.read("superpixels", index)[None]
         painted = maps.read(f"majority{t}", index)[None]
-        cells = at_cells(filled(segments, cfg.stride), cfg.stride).to(run.device)
+        cells = at_cells(pad(segments, cfg.stride), cfg.stride)
         with torch.no_grad():
-            probs = net(images, cells, maps.count).softmax(dim=2).cpu()  # (1, S, C)
-        unseen = torch.bincount(cells.flatten(), minlength=maps.count).cpu() == 0
-        probs = probs.masked_fill(unseen[:, None], torch.nan)  # no cell of them, no features
+            probs = net(images, cells.to(run.device), maps.count).softmax(dim=2).cpu()  # (1, S, C)
+        _, sizes = segment_mean(cells[:, None], cells, maps.count)
+        probs = probs.masked_fill(sizes[..., None] == 0, torch.nan)  # no cell, no features
         majority = of_segments(painted, segments, maps.count)
         labels = mine(probs, majority, maps.tags[index, None], cfg.tau, cfg.mining)
         maps.write(f"mined{t}", index, paint(labels, segments)[0])
@@ -362,40 +349,40 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> d
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
 
-    view = partial(window, cfg.crop_size, cfg.stride)
+    view = partial(crop_view, cfg.crop_size, cfg.stride)
     batches = maps.loader(run, steps, view, "superpixels", f"mined{t}", f"unary{t}")
     for step, batch in zip(run.loop(steps), batches, strict=True):
-        images, segments, mined, unary = run.to_device(batch)
+        images, segments, mined, probs = run.to_device(batch)
         with run.autocast():
             gates = trained(images).float()  # (B, 4, 4, h, w)
-        refined = propagate(unary, gates, cfg.passes, cfg.rule)  # α^p = G α^u
+        refined = propagate(probs, gates, cfg.passes, cfg.rule)  # α^p = G α^u
         loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)  # L_α
         cells = at_cells(segments, cfg.stride)
-        loss_smooth = smoothness_loss(  # L_s
-            gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule
-        )
-        descend(loss_affinity + cfg.lam * loss_smooth, optimizer, schedule)  # L_α + λ L_s
-        run.log(step, loss_affinity=loss_affinity, loss_smooth=loss_smooth)
+        smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule)
+        descend(loss_affinity + cfg.lam * smooth, optimizer, schedule)  # L_α + λ L_s
+        run.log(step, loss_affinity=loss_affinity, loss_smooth=smooth)
     run.average_buffers(net.eval())
 
     energies = torch.zeros(2)
     for index, images in maps.each(run):
-        unary = start = maps.read(f"unary{t}", index)[None].to(run.device)
+        probs = maps.read(f"unary{t}", index)[None].to(run.device)
+        start = probs
         if cfg.clamp:
-            mined = filled(maps.read(f"mined{t}", index), cfg.stride)[None].to(run.device)
-            start = clamped(unary, mined, cfg.stride)
+            mined = pad(maps.read(f"mined{t}", index), cfg.stride)[None].to(run.device)
+            start = clamped(probs, mined, cfg.stride)
         with torch.no_grad():
             gates = net(images)
             refined = propagate(start, gates, cfg.passes, cfg.rule).clamp(min=0.0)
             refined = mask_tags(refined, maps.tags[index, None].to(run.device))  # α^p
-            both = [energy(a, gates, rule=cfg.rule)[0] for a in (unary, refined)]
+            # J of G itself: each pass is one step down.
+            both = [energy(a, gates, rule=cfg.rule)[0] for a in (probs, refined)]
             energies += torch.stack(both).cpu()
         maps.write(f"refined{t}", index, refined[0])
         maps.write(f"labels{t}", index, maps.labels(f"refined{t}", index))
     run.barrier()
     before, after = run.gather(energies[None].to(run.device)).sum(dim=0) / len(maps.names)
-    refined = maps.quality(run, "refined", f"labels{t}")
-    return refined | dict(energy_unary=before.item(), energy_refined=after.item())
+    energies = dict(energy_unary=before.item(), energy_refined=after.item())
+    return maps.quality(run, "refined", f"labels{t}") | energies
 
 
 # --- training ---
@@ -407,34 +394,31 @@ def plan(cfg: Config) -> list[tuple[str, int, range]]:
     rounds = cfg.rounds if cfg.method in ("ial", "direct") else 0
     stages = [("seeds", 0, classifier)]
     for t in range(1, rounds + 2) if cfg.method != "cam" else ():
-        stages.append(("unary", t, cfg.iters))  # the last one is the result
+        stages.append(("unary", t, cfg.iters))  # the last is the result, as in MCOF (cited)
         if cfg.method == "ial" and t <= rounds:
             stages += [("region", t, region), ("pairwise", t, pairwise)]
-    ends = accumulate(steps for _, _, steps in stages)
-    return [
-        (name, t, range(end - steps, end))
-        for (name, t, steps), end in zip(stages, ends, strict=True)
-    ]
+    ends = accumulate(n for _, _, n in stages)
+    return [(name, t, range(end - n, end)) for (name, t, n), end in zip(stages, ends, strict=True)]
 
 
 def check_flags(cfg: Config) -> None:
     """Raise InputError for flags of this script that cannot be right."""
+    check_config(cfg)
     for name in ("fg", "bg", "share", "tau"):
         if getattr(cfg, name) > 1:
             raise InputError(f"--{name} {getattr(cfg, name)}: must be between 0 and 1")
     if cfg.bg > cfg.fg:
         raise InputError(f"--bg {cfg.bg}: must not be above --fg {cfg.fg}")
     if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:
-        given = " ".join(map(str, cfg.net_steps))
-        raise InputError(f"--net-steps {given}: must be three shares of --iters, a step or more")
-    if cfg.stride and cfg.crop_size % cfg.stride:
+        raise InputError(f"--net-steps {cfg.net_steps}: must be three shares of --iters")
+    if cfg.crop_size % cfg.stride:
         raise InputError(f"--stride {cfg.stride}: must divide --crop-size {cfg.crop_size}")
 
 
 def train(cfg: Config) -> Result:
-    """Run all stages; the result's model is the last unary network.
+    """Run all stages; the result's model is the last unary network, untrained after --method cam.
 
-    A resumed run goes on with the stage that it was in. Raises InputError for flags and files that
+    A resumed run starts again the stage that it was in. Raises InputError for flags and files that
     cannot be right.
     """
     check_flags(cfg)
@@ -442,11 +426,11 @@ def train(cfg: Config) -> Result:
     run = Run("ial", cfg, total=stages[-1][2].stop)
     tagged = load_tagged(cfg.dataset, cfg.data_path, cfg.background)
     data, num_classes = tagged.data, len(tagged.data.classes)
-    run.print(data.summary())
+    run.print(tagged.summary())
     unary = DeepLabV3Plus(num_classes, cfg.backbone, cfg.weights, cfg.width)
-    check(data, run.rank, run.world)
+    check(data, run.rank, run.world, whole=True)
     initial, trained = deepcopy(unary.state_dict()), run.wrap(unary)
-    run.start([unary], data, dict(unary=unary))
+    run.start([unary], data, dict(unary=unary), tagged.summary())
     maps = Maps(run.folder / "maps", tagged, cfg.stride)
     val = val_loader(data, whole_view, **run.loading)
 
@@ -462,20 +446,23 @@ def train(cfg: Config) -> Result:
             find_superpixels(run, cfg, maps)
             figures = find_seeds(run, cfg, maps, steps)  # Y_0
         elif name == "unary":
-            unary.load_state_dict(initial)  # each f_t starts anew
-            figures = train_unary(run, cfg, maps, steps, t, trained, score)  # f_t, α^u
-            run.record(steps.stop - 1, score())
+            unary.load_state_dict(initial)  # each f_t starts anew (ours)
+            figures = train_unary(run, cfg, maps, steps, t, trained, score)  # f_t, α^u, 80 % rule
         elif name == "region":
             figures = mine_regions(run, cfg, maps, steps, t)  # f^m, Y_t
         else:
             figures = train_pairwise(run, cfg, maps, steps, t)  # g_t, α^p
-        run.milestone(steps.stop - 1, f"{name}{t or ''}", **figures)
+        run.note(steps.stop - 1, f"{name}{t or ''}", **figures)
+        if name == "unary":
+            run.record(steps.stop - 1, score())
+        else:
+            run.save(steps.stop - 1)
 
     if run.rank == 0 and cfg.method != "cam":
-        last = {"seeds": "seeds"}
+        shown = {"seeds": "seeds"}
         if cfg.method == "ial" and cfg.rounds:
-            last |= {"mined": f"mined{cfg.rounds}", "refined": f"labels{cfg.rounds}"}
-        stage_panels(run.folder / "panels.png", maps, last, unary, data)
+            shown |= {"mined": f"mined{cfg.rounds}", "refined": f"labels{cfg.rounds}"}
+        stage_panels(run.folder / "panels.png", maps, shown, unary, data)
     return run.finish()
 
 

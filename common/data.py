@@ -195,18 +195,21 @@ def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list
 # --- the check ---
 
 
-def check(data: Data, rank: int = 0, world: int = 1) -> None:
+def check(data: Data, rank: int = 0, world: int = 1, whole: bool = False) -> None:
     """Decode every labelled and validation picture, and its mask, once, before the first step.
 
     Raises InputError for an unreadable file, a mask of another size than its picture, a mask
     value that is no class, a validation picture under 32 pixels, a missing unlabelled picture.
-    The files are shared out over the processes, and all of them raise.
+    whole: training pictures are predicted whole, too, and need 32 pixels. The files are shared
+    out over the processes, and all of them raise.
     """
     pairs = sorted(set(data.labeled + data.val))[rank::world]
-    small = {image for image, _ in data.val}
+    predicted = {image for image, _ in (data.val + data.labeled if whole else data.val)}
 
     def check_pair(pair: Pair) -> None:
         image = read_image(pair[0])
+        if pair[0] in predicted and min(image.shape[:2]) < 32:
+            raise InputError(f"{pair[0]}: is under 32 x 32 pixels, too small to be predicted")
         if pair[1] is None:
             return
         mask = read_mask(pair[1])
@@ -222,8 +225,6 @@ def check(data: Data, rank: int = 0, world: int = 1) -> None:
                 f"{pair[1]}: holds the values {', '.join(map(str, values))}; allowed are "
                 f"{known[0]} to {known[-2]}, and 255 for void ({len(data.classes)} classes)"
             )
-        if pair[0] in small and min(mask.shape) < 32:
-            raise InputError(f"{pair[0]}: validation pictures need at least 32 x 32 pixels")
 
     def check_share() -> None:
         for image, _ in data.unlabeled[rank::world]:

@@ -1,4 +1,4 @@
-"""Small and pretrained encoders: a tag classifier with activation maps, a guidance network."""
+"""IAL's other networks, on small and on pretrained encoders; architectures are ours if unmarked."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.deeplab import conv_bn_relu, dilated_resnet
+from common.slic import segment_mean
 
 
 class TagNet(nn.Module):
-    """The tag classifier, a ResNet of stride 16 as in IRN (cited), or a small network.
+    """The tag classifier, a ResNet of stride 16 like IRN's (cited), or a small network.
 
     images (B, 3, H, W) -> scores (B, K, h, w), whose mean is a picture's score (cited: CAM).
     """
@@ -39,6 +40,27 @@ def activation_maps(net: TagNet, images: Tensor, tags: Tensor, scales: Sequence[
             total = total + (scores if view is scaled else scores.flip(-1))
     total = total * tags[:, :, None, None]
     return total / total.amax(dim=(2, 3), keepdim=True).clamp(min=1e-5)
+
+
+class RegionNet(nn.Module):
+    """f^m: features pooled in a superpixel, those outside left out (paper), then classified.
+
+    images (B, 3, H, W), segments (B, h, w) at the cells, ids below count = S -> logits (B, S, C).
+    The mean is ours; the paper pools a grid, as Fast R-CNN does. The field of view is narrow, 7
+    pixels of `small`, 35 of ResNet-50's first stages: a wide one would repeat what the unary
+    network made of the surroundings, this one finds what regions of a class have in common.
+    """
+
+    def __init__(self, num_classes: int, net: str, weights: str):
+        super().__init__()
+        self.stages, widths = trunk(net, weights, 2, [(24, 2, 1), (48, 1, 1)])
+        self.head = nn.Sequential(
+            nn.Linear(widths[-1], 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)
+        )
+
+    def forward(self, images: Tensor, segments: Tensor, count: int) -> Tensor:
+        features = resized(nn.Sequential(*self.stages)(images), segments)
+        return self.head(segment_mean(features, segments, count)[0])
 
 
 class GuidanceNet(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from common.augment import normalise, random_flip, train_view
 from common.data import VOID, Data, Draws, draws_loader, read_pair
-from common.flags import InputError, LoneError
+from common.flags import LoneError
 from common.metrics import confusion_matrix, evaluating, mean_iou
 from common.predict import colorize, sheet
 from common.run import Run
@@ -56,15 +56,15 @@ class Maps:
             Image.fromarray(value.to(bits).numpy()).save(_end(path, ".png"))
 
     def read(self, kind: str, index: int) -> Tensor:
-        """A picture's map, int64 or float32. Raises InputError where it is lost or damaged."""
+        """A picture's map, int64 or float32. Raises LoneError where it is lost or damaged."""
         path = self.folder / kind / self.names[index]
         try:
             if _end(path, ".png").is_file():
                 with Image.open(_end(path, ".png")) as png:
                     return torch.from_numpy(np.array(png).astype(np.int64))
             stored = torch.from_numpy(np.load(_end(path, ".npy")).astype(np.float32))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: lost or damaged ({error}); start the run afresh") from error
+        except (OSError, EOFError, ValueError) as error:
+            raise LoneError(f"{path}: lost or damaged ({error}); start the run afresh") from error
         probs = stored.new_zeros(self.num_classes, *stored.shape[1:])
         probs[self.possible[index]] = stored
         return probs
@@ -74,13 +74,11 @@ class Maps:
         maps = [self.tags[index] if kind == "tags" else self.read(kind, index) for kind in kinds]
         return [self.image(index), *maps]
 
-    def labels(self, kind: str, index: int, background: float | None = None) -> Tensor:
-        """A map's labels (H, W), of probabilities the likeliest; background: that of class 0."""
+    def labels(self, kind: str, index: int) -> Tensor:
+        """A map's labels (H, W), of probabilities the likeliest."""
         stored = self.read(kind, index)
         if stored.ndim == 2:
             return stored
-        if background is not None:
-            stored[0] = background
         height, width = self.image(index).shape[1:]
         return at_pixels(stored[None], self.stride).argmax(dim=1)[0, :height, :width]
 
@@ -108,15 +106,13 @@ class Maps:
     def each(self, run: Run) -> Iterator[tuple[int, Tensor]]:
         """This process's share of the pictures: index, and (1, 3, H', W') on the device.
 
-        Pictures are normalised; H' and W' are the sides filled up to multiples of the stride.
+        Pictures are normalised; H' and W' are the sides padded to multiples of the stride.
         """
         for index in self.share(run):
-            image = filled(self.image(index), self.stride)
+            image = pad(self.image(index), self.stride)
             yield index, normalise(image.to(run.device).float() / 255)[None]
 
-    def quality(
-        self, run: Run, name: str, kind: str, background: float | None = None
-    ) -> dict[str, float]:
+    def quality(self, run: Run, name: str, kind: str) -> dict[str, float]:
         """How the labels of a kind, 255 unknown, compare with the pictures' masks.
 
         `name` is the mIoU where labels are known. Precision: the share of pixels given to
@@ -129,7 +125,7 @@ class Maps:
             if self.pairs[index][1] is not None:
                 truth = read_pair(self.pairs[index], self.lookup)[1].long()
                 total += confusion_matrix(torch.zeros_like(truth), truth, size)
-                labels = self.labels(kind, index, background)
+                labels = self.labels(kind, index)
                 truth[labels == VOID] = VOID
                 known += confusion_matrix(labels.masked_fill(labels == VOID, 0), truth, size)
         both = run.gather(torch.stack([known, total])[None].to(run.device)).sum(dim=0)
@@ -142,6 +138,25 @@ class Maps:
             f"{name}_fg_coverage": (known[1:].sum() / total[1:].sum()).item(),
             f"{name}_bg_coverage": (known[0].sum() / total[0].sum()).item(),
         }
+
+    def best_threshold(self, run: Run, kind: str, levels: Sequence[float]) -> float:
+        """The mIoU of activation maps where the level that suits them best parts off background.
+
+        An upper bound: it is the masks that choose the level. NaN without masks.
+        """
+        size = self.num_classes
+        counts = torch.zeros(len(levels), size, size, dtype=torch.int64)
+        for index in self.share(run):
+            if self.pairs[index][1] is not None:
+                truth = read_pair(self.pairs[index], self.lookup)[1].long()
+                height, width = truth.shape
+                maps = at_pixels(self.read(kind, index)[None, 1:], self.stride)
+                score, best = maps[0, :, :height, :width].max(dim=0)
+                for level, confusion in zip(levels, counts, strict=True):
+                    labels = torch.where(score > level, best + 1, 0)
+                    confusion += confusion_matrix(labels, truth, size)
+        counts = run.gather(counts[None].to(run.device)).sum(dim=0).cpu()
+        return max(mean_iou(confusion) for confusion in counts)
 
 
 @torch.no_grad()
@@ -160,7 +175,7 @@ def stage_panels(
         regions = project(image[None].float(), segments, maps.count)[0]
         labels = [maps.read(kind, index) for kind in kinds.values()]
         with evaluating(model):
-            whole = filled(image, maps.stride).to(next(model.parameters()).device)
+            whole = pad(image, maps.stride).to(next(model.parameters()).device)
             predicted = model(normalise(whole.float() / 255)[None]).argmax(dim=1)[0].cpu()
         height, width = image.shape[1:]
         labels += [predicted[:height, :width], read_pair(maps.pairs[index], maps.lookup)[1]]
@@ -183,7 +198,7 @@ def _end(path: Path, suffix: str) -> Path:
 # --- pixels and cells ---
 
 
-def window(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
     """One random crop, flipped or not, of a picture (3, H, W) uint8 and of maps of it.
 
     Maps (H, W) are at its pixels, maps (C, h, w) at its cells. Returns the picture normalised. A
@@ -206,7 +221,7 @@ def window(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Tensor
     return random_flip(*views)
 
 
-def filled(maps: Tensor, stride: int) -> Tensor:
+def pad(maps: Tensor, stride: int) -> Tensor:
     """(..., H, W) with the last row and column repeated up to multiples of the stride."""
     rows, columns = (
         torch.arange(-(-side // stride) * stride).clamp(max=side - 1) for side in maps.shape[-2:]

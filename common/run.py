@@ -164,12 +164,14 @@ class Run:
         networks: list[nn.Module],
         data: Any,
         state: dict[str, Any],
+        summary: str | None = None,
     ) -> None:
         """Open the output folder, or load its `last.pt` when the run is resumed.
 
         networks: the DeepLabV3Plus whose mean logits are the model. data: a common.data.Data.
         state: by name, everything with a state_dict that the next step depends on, equal in all
-        processes. Randomness needs no place in it: each step seeds its own.
+        processes. Randomness needs no place in it: each step seeds its own. summary: what must be
+        equal when the run is resumed, that of the data when None.
         """
         self.networks, self.state = networks, state
         self.model_facts = dict(
@@ -177,7 +179,7 @@ class Run:
             classes=list(data.classes),
             colors=[list(color) for color in data.colors],
         )
-        self.pictures = " ".join(data.summary().split())
+        self.pictures = " ".join((summary or data.summary()).split())
         self.started = time.time()
         in_all_processes(self._open)
 
@@ -342,12 +344,8 @@ class Run:
             shown = "  ".join(f"{name} {v:.4g}" for name, v in figures.items() if v is not None)
             tqdm.write(f"step {step + 1}/{self.total}  {stage}: {shown}")
 
-    def milestone(self, step: int, stage: str, **figures: float) -> None:
-        """A stage is over: note what it came to, and write `last.pt`, so that it is not repeated.
-
-        A stage that is resumed starts anew, so that lines of its former try are cut.
-        """
-        self.note(step, stage, **figures)
+    def save(self, step: int) -> None:
+        """Write `last.pt`, so that no step up to this one is repeated."""
         if self.rank == 0:
             self._write_checkpoints(step + 1, ["last.pt"])
 

@@ -106,8 +106,7 @@ def to_lab(images: Tensor) -> Tensor:
 def segment_mean(values: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Means (B, S, C) of values (B, C, H, W) over each segment, and pixel counts (B, S) int64.
 
-    segments (B, H, W) int64, ids below count = S; an empty one has mean 0. It is mask pooling too
-    (paper): the mean of a region's features, those outside it counted as 0.
+    segments (B, H, W) int64, ids below count = S; an empty one has mean 0.
     """
     values, index = at_least_float32(values).flatten(2), segments.flatten(1)
     sums = values.new_zeros(*values.shape[:2], count)

@@ -28,8 +28,8 @@ def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softm
 
     values (B, C, H, W), gates (B, 4, 4, H, W), logits -> (B, C, H, W), float32 at least. One G
     for all channels (ours), with rows that sum to 1: a map that sums to 1 over classes still does.
-    The recurrence is SPN's (cited), as are two passes. The mean of the four
-    scans is ours: SPN takes the elementwise maximum, which is not linear, so that there is no G.
+    The recurrence is SPN's (cited), as are two passes. The mean of the four scans is ours: SPN
+    takes the elementwise maximum, which is not linear, so that there is no G.
     """
     values, (batch, _, height, width) = at_least_float32(values), values.shape
     weights = gate_weights(at_least_float32(gates), rule).unbind(1)

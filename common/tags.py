@@ -1,5 +1,6 @@
 """Image-level tags: which classes a training picture shows, and nothing about where."""
 
+import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,16 @@ class Tagged(NamedTuple):
     names: list[str]  # N ids
     tags: Tensor  # (N, K - 1) bool: the classes 1 to K - 1 that a picture shows
 
+    def summary(self) -> str:
+        """Counts, a hash of ids and tags that is equal on every machine, and the classes."""
+        rows = zip(self.names, self.tags.int().tolist(), strict=True)
+        digest = hashlib.sha256("\n".join(f"{name} {row}" for name, row in rows).encode())
+        return (
+            f"{len(self.names)} pictures with tags, {len(self.data.val)} validation pictures; tags "
+            f"{digest.hexdigest()[:12]}\n"
+            f"{len(self.data.classes)} classes: {', '.join(self.data.classes)}"
+        )
+
 
 def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
     """List a dataset's files and the tags of its training pictures; class 0 is background.
@@ -32,8 +43,8 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
     background: class names, separated by commas, that are merged into class 0; needed where class
     0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id,
     with or without suffix, and its class names, a line each; commas or tabs where names hold
-    blanks), else from VOC's Annotations/, else from the classes in the masks. Pictures whose mask
-    shows background alone are left out. Raises InputError that names the file or flag.
+    blanks), else from VOC's Annotations/, else from the classes in the masks. Pictures that show
+    background alone are left out. Raises InputError that names the file or flag.
     """
     found = merge_background(layout(dataset, data_path), background)
     names, listed = sorted(found.train), found.root / "tags.txt"
@@ -44,7 +55,8 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
     else:
         with ThreadPoolExecutor() as pool:
             sets = pool.map(lambda name: _classes_in_mask(found, name), names)
-        shown = {name: classes for name, classes in zip(names, sets, strict=True) if classes}
+        shown = dict(zip(names, sets, strict=True))
+    shown = {name: classes for name, classes in shown.items() if classes}
     if not shown:
         raise InputError(f"{found.root}: no training picture shows any class but the background")
     for index, name in enumerate(found.classes[1:], 1):
@@ -99,8 +111,8 @@ def _read_tags(path: Path, found: Layout) -> dict[str, set[int]]:
     for line in read_lines(path):
         separator = "\t" if "\t" in line else "," if "," in line else None
         first, *classes = (word.strip() for word in line.split(separator))
-        if separator == ",":  # the picture may be parted from the first class by a blank
-            first, *rest = first.split(None, 1)
+        if separator == "," and files.get(first, first) not in found.train and " " in first:
+            first, *rest = first.split(None, 1)  # a blank, and commas between classes alone
             classes = rest + classes
         name = files.get(first, first)
         if name not in found.train:

@@ -27,7 +27,16 @@ from common.encoders import GuidanceNet, TagNet, activation_maps, trunk
 from common.flags import parse_config
 from common.layouts import VOID
 from common.losses import balanced_cross_entropy
-from common.maps import Maps, at_cells, at_pixels, clamped, filled, stage_panels, tag_view, window
+from common.maps import (
+    Maps,
+    at_cells,
+    at_pixels,
+    clamped,
+    crop_view,
+    pad,
+    stage_panels,
+    tag_view,
+)
 from common.predict import CELL, GAP, LINE, sheet
 from common.run import InputError, Run
 from common.slic import of_segments, paint
@@ -227,7 +236,7 @@ def test_baselines_share_the_first_stages(whole, data, tmp_path, capsys):
 @pytest.fixture
 def views(monkeypatch):
     """What the loaders gave to the views that crop: the pictures and their maps."""
-    seen = {"tag_view": [], "train_view": [], "window": []}
+    seen = {"tag_view": [], "train_view": [], "crop_view": []}
 
     def note(name, view):
         def noted(*args, **options):
@@ -284,13 +293,13 @@ def test_each_stage_learns_from_the_maps_of_those_before(method, data, views, tm
     )
     assert not torch.equal(seeds, first) and not torch.equal(first, second)
     if method == "direct":
-        assert not views["window"]
+        assert not views["crop_view"]
         assert torch.equal(first, torch.stack(own[:5]))
         assert torch.equal(second, torch.stack(own[5:10]))
     else:
-        assert len(views["window"]) == 16
+        assert len(views["crop_view"]) == 16
         for t in (1, 2):
-            region, pairwise = (views["window"][8 * t - k : 8 * t - k + 4] for k in (8, 4))
+            region, pairwise = (views["crop_view"][8 * t - k : 8 * t - k + 4] for k in (8, 4))
             check(region, "superpixels", f"majority{t}")
             check(pairwise, "superpixels", f"mined{t}", f"unary{t}")
 
@@ -304,7 +313,7 @@ def test_seeds_are_decided_superpixel_by_superpixel(data, tmp_path, monkeypatch)
         return maps * tags[:, :, None, None]
 
     monkeypatch.setattr(ial, "activation_maps", halves)
-    run(tmp_path, data, method="cam")
+    run(tmp_path, data, method="cam", fg=0.6, bg=0.2)
     maps = maps_of(tmp_path, data)
     for index, (cat, lion) in enumerate(maps.tags):
         cells = maps.read("cam", index)
@@ -337,7 +346,7 @@ def test_superpixels_without_a_cell_are_mined_nowhere(data, tmp_path):
     maps, unseen = maps_of(tmp_path, data, stride=8), 0
     for index in range(5):
         mined, segments = maps.read("mined1", index), maps.read("superpixels", index)
-        cells = at_cells(filled(segments, 8), 8)
+        cells = at_cells(pad(segments, 8), 8)
         seen = (segments[..., None] == cells.unique()).any(dim=-1)
         assert torch.equal(mined != VOID, seen)
         unseen += (~seen).sum()
@@ -500,7 +509,8 @@ def test_stages_are_noted_and_saved(data, tmp_path, capsys):
     assert one.total == 7
     one.note(2, "first", good=0.5, bad=math.nan)
     assert not (tmp_path / "last.pt").exists()
-    one.milestone(4, "second", other=1)
+    one.note(4, "second", other=1)
+    one.save(4)
     assert logged(tmp_path) == [
         {"step": 3, "stage": "first", "good": 0.5, "bad": None},
         {"step": 5, "stage": "second", "other": 1.0},
@@ -508,7 +518,8 @@ def test_stages_are_noted_and_saved(data, tmp_path, capsys):
     assert saved(tmp_path)["step"] == 5
     assert "bad" not in capsys.readouterr().out
     one.rank = 1  # the others are silent
-    one.milestone(6, "third", other=1)
+    one.note(6, "third", other=1)
+    one.save(6)
     assert len(logged(tmp_path)) == 2 and saved(tmp_path)["step"] == 5
 
 
@@ -557,7 +568,7 @@ def test_pictures_and_maps_travel_to_other_processes(data, tmp_path):
     settings = SimpleNamespace(batch_size=2, seed=0)
     loading = dict(rank=0, world=1, workers=0)
     lone = SimpleNamespace(cfg=settings, world=1, loading=loading)
-    view = partial(window, 32, 2)
+    view = partial(crop_view, 32, 2)
     expected = list(maps.loader(lone, range(2), view, "labels"))
     loader = maps.loader(lone, range(2), view, "labels")
     spawned = DataLoader(
@@ -570,16 +581,42 @@ def test_pictures_and_maps_travel_to_other_processes(data, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_labels_are_the_likeliest_classes_against_a_fixed_background(data, tmp_path):
+def test_labels_are_the_likeliest_classes(data, tmp_path):
     maps = maps_of(tmp_path, data)
     probs = torch.zeros(3, 19, 23)
     probs[1, :, :10], probs[2, :, 10:] = 0.5, 0.25
-    maps.write("cam", 2, probs)
-    labels = maps.labels("cam", 2, background=0.3)
+    maps.write("probs", 2, probs)
+    labels = maps.labels("probs", 2)
     assert labels.shape == (37, 45)
-    assert (labels[:, :19] == 1).all() and (labels[:, 21:] == 0).all()
-    labels = maps.labels("cam", 2)
     assert (labels[:, :19] == 1).all() and (labels[:, 21:] == 2).all()
+
+
+def test_the_best_threshold_is_that_of_the_labels_it_gives(data, tmp_path):
+    """Each level as a constant map of the background, scored one by one."""
+    maps, levels = maps_of(tmp_path, data), (0.1, 0.3, 0.5, 0.7, 0.9)
+    for index in range(5):
+        probs = F.pad(torch.rand(2, 19, 23), (0, 0, 0, 0, 1, 0))
+        maps.write("heat", index, probs)
+        for level in levels:
+            maps.write(f"at{level}", index, torch.cat([torch.full((1, 19, 23), level), probs[1:]]))
+    scores = [maps.quality(ALONE, "it", f"at{level}")["it"] for level in levels]
+    assert len(set(scores)) > 2
+    best = maps.best_threshold(ALONE, "heat", levels)
+    assert best == pytest.approx(max(scores), abs=1e-3)  # levels were rounded to half precision
+    assert maps.best_threshold(ALONE, "heat", levels[:1]) == pytest.approx(scores[0], abs=1e-3)
+    maps.pairs = [(image, None) for image, _ in maps.pairs]
+    assert math.isnan(maps.best_threshold(ALONE, "heat", levels))
+
+
+def test_more_superpixels_than_a_file_can_hold_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match="--segment-size"):
+        maps_of(tmp_path, data).write("superpixels", 0, torch.tensor([[2**16]]))
+
+
+def test_a_picture_too_small_to_be_predicted_is_named(tmp_path):
+    root = tagged_tree(tmp_path / "data", ("1", "2"), height=40, width=31)
+    with pytest.raises(InputError, match="images/train/000.png: is under 32 x 32"):
+        run(tmp_path / "run", root)
 
 
 def test_each_process_has_its_share_of_the_filled_pictures(data, tmp_path):
@@ -644,7 +681,7 @@ def test_panels_show_the_maps_of_some_pictures(whole, data, tmp_path, monkeypatc
             assert (abs(strip[2][segments == segment] - mean) < 1).all()
         with Image.open(data / "masks/train" / f"{maps.names[index]}.png") as mask:
             assert (strip[6] == palette[np.array(mask)]).all()
-        image = filled(maps.image(index), 2)[None].float() / 255
+        image = pad(maps.image(index), 2)[None].float() / 255
         predicted = result.model(normalise(image)).argmax(dim=1)[0, :37, :45]
         assert (strip[5] == palette[predicted.numpy()]).all()
 
@@ -678,10 +715,10 @@ def test_windows_show_the_same_place_of_picture_labels_and_cells(crop, stride):
     """A picture of its own coordinates; crops of 48 reach beyond its 37 x 45 pixels."""
     rows, columns = torch.meshgrid(torch.arange(37), torch.arange(45), indexing="ij")
     picture = torch.stack([rows, columns, 0 * rows]).byte()
-    cells = filled(picture, stride)[:, ::stride, ::stride].float() // stride
+    cells = pad(picture, stride)[:, ::stride, ::stride].float() // stride
     tops, lefts, flips = set(), set(), set()
     for _ in range(200):
-        image, labels, cut = window(crop, stride, picture, 64 * rows + columns, cells)
+        image, labels, cut = crop_view(crop, stride, picture, 64 * rows + columns, cells)
         assert image.shape == (3, crop, crop) and labels.shape == (crop, crop)
         assert cut.shape == (3, crop // stride, crop // stride)
         mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
@@ -709,9 +746,9 @@ def test_a_view_for_tags_is_a_crop_with_all_tags():
 
 def test_pictures_are_filled_with_their_last_pixels():
     maps = torch.arange(12.0).view(1, 3, 4)
-    assert torch.equal(filled(maps, 2), maps[:, [0, 1, 2, 2]])
-    assert torch.equal(filled(maps[0], 3), maps[0][:, [0, 1, 2, 3, 3, 3]])
-    assert torch.equal(filled(maps, 1), maps)
+    assert torch.equal(pad(maps, 2), maps[:, [0, 1, 2, 2]])
+    assert torch.equal(pad(maps[0], 3), maps[0][:, [0, 1, 2, 3, 3, 3]])
+    assert torch.equal(pad(maps, 1), maps)
 
 
 def test_cells_take_the_label_of_one_of_their_pixels():
@@ -858,6 +895,7 @@ def test_balanced_cross_entropy_is_the_mean_over_classes():
         "--share 2",
         "--tau nan",
         "--tau -0.1",
+        "--net-steps 1 nan 1",
         "--net-steps 1 1",
         "--net-steps 0.01 1 1",
         "--net-steps 1 1 0",

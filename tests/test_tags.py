@@ -106,6 +106,26 @@ def test_pictures_of_one_name_in_two_folders_are_told_apart(tmp_path):
     assert shown(load_tagged("folder", str(root))) == expected
 
 
+def test_a_picture_whose_name_holds_a_blank(tmp_path):
+    root = tagged_tree(tmp_path)
+    for kind in ("images", "masks"):
+        path = root / kind / "train" / "000.png"
+        shutil.copy(path, path.parent / "my cat.png")
+    (root / "tags.txt").write_text("my cat.png, cat\n000 cat, sea lion\n001\tcat\n")
+    expected = {"000": {"cat", "sea lion"}, "001": {"cat"}, "my cat": {"cat"}}
+    assert shown(load_tagged("folder", str(root))) == expected
+
+
+def test_a_resumed_run_must_have_the_same_tags(tmp_path):
+    """Their hash is part of what the checkpoint compares."""
+    root = tagged_tree(tmp_path)
+    first = load_tagged("folder", str(root)).summary()
+    assert first.startswith("5 pictures with tags, 2 validation pictures; tags ")
+    assert load_tagged("folder", str(root)).summary() == first
+    (root / "tags.txt").write_text("000 cat\n001 cat\n002 cat\n004 cat\n005\tcat\tsea lion\n")
+    assert load_tagged("folder", str(root)).summary() != first
+
+
 def write_xml(root, name, *classes):
     folder = root / "VOC2012" / "Annotations"
     folder.mkdir(exist_ok=True)
@@ -194,6 +214,7 @@ def refusal(*args):
         ("000 cat\n001 sea lion\n", "sea is no tag; cat, sea lion are"),
         ("000 cat dog\n", "dog is no tag"),
         ("000 background, cat\n", "background is no tag"),
+        (", cat\n", "which is no training picture"),
         ("000 cat\n777 cat\n", "lists 777, which is no training picture"),
         ("000, cat\n777.jpg, cat\n", "lists 777.jpg"),
     ],

@@ -4,10 +4,10 @@ Wang, Liu, Ma, Yang: Weakly-Supervised Semantic Segmentation by Iterative Affini
 2020, arXiv 2002.08098.
 
 From image-level tags alone. A classifier of tags shows where it looks; these seeds train a unary
-network, the segmenter. On its predictions superpixels that agree are mined, a region network judges
-all superpixels by what regions of a class have in common, and the confident ones train a pairwise
-network, which learns the affinity G of pixels from the picture. G carries the unary prediction to
-its neighbours, and what comes out trains the next unary network: each learns from the other.
+network, the segmenter. Superpixels on which its predictions agree train a region network; it judges
+all superpixels by what regions of a class have in common, and those it is sure of, the mined ones,
+train a pairwise network, which learns the affinity G of pixels from the picture. G carries the
+unary predictions along; what comes out trains the next unary network: each learns from the other.
 
 Each choice is marked: [paper] from its abstract, figures, tables, and formulas that a review
 reports, [cited] from related work, [ours]. We did not have its text, and no code is public.
@@ -34,7 +34,7 @@ Where to find it
     Y_0                 find_seeds, seeds           [paper] loss [cited: PSA], rule [cited: IRN]
     80 % rule           majority_labels             [paper]
     f^m, Y_t            RegionNet, mine             [paper] class weights, relabel, τ [ours]
-    f_t                 train_unary                 [paper] one more at the end [cited: MCOF]
+    f_t                 train_unary                 [paper] its test time [cited: MCOF]
     g_t                 train_pairwise              [paper] network after SPN's [cited]
 
 Left out, with the mIoU that prototypes had on other toy pictures: the maximum over scans (31 for
@@ -344,7 +344,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
 
 
 def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
-    """g_t learns gates from Y_t; α^p = G_t α^u; its labels are what f_{t+1} learns."""
+    """g_t learns gates from Y_t; α^p = G_t α^u; f_{t+1} learns its argmax (paper's Fig. 2)."""
     net = GuidanceNet(cfg.net, cfg.weights, cfg.stride)
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))

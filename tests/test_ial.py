@@ -543,16 +543,16 @@ def test_masking_survives_having_nothing_left():
 
 def test_affinity_loss_is_the_loop_over_pixels():
     refined = tensor(2, 3, H, W).softmax(1)
-    refined[0, 1, 0, 0] = 1e-9
+    refined[0, 1, 0, 0], refined[0, 2, 0, 1] = 1e-9, 1.3
     refined.requires_grad_()
     labels = torch.randint(3, (2, H, W))
     labels[torch.rand(labels.shape) < 0.4] = 255
-    labels[0, 0, 0], labels[1, 0, 0] = 1, 255
+    labels[0, 0, 0], labels[0, 0, 1], labels[1, 0, 0] = 1, 2, 255
     terms = []
     for b, r, c in product(range(2), range(H), range(W)):
         if labels[b, r, c] != 255:
             p = refined[b, labels[b, r, c], r, c]
-            terms.append(-math.log(1e-6) if p < 1e-6 else -torch.log(p))
+            terms.append(-math.log(1e-6) if p < 1e-6 else 0.0 if p > 1 else -torch.log(p))
     ours, expected = ial.affinity_loss(refined, labels), sum(terms) / len(terms)
     close(ours, expected)
     close(*(torch.autograd.grad(loss, refined)[0] for loss in (ours, expected)))

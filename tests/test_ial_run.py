@@ -338,6 +338,7 @@ def test_rule80_keeps_the_labels_of_the_majority(data, tmp_path):
         assert torch.equal(mined, maps.read("majority1", index))
         kept += (mined != VOID).sum() / mined.numel() / 5
     assert 0.1 < kept < 1
+    assert not any("loss_region" in line for line in logged(tmp_path))  # no network learns
 
 
 def test_superpixels_without_a_cell_are_mined_nowhere(data, tmp_path):

@@ -16,9 +16,8 @@ Energy and EM, with that review's slips corrected (argmax for argmin, twice; a f
 a graph with weights W >= 0, D = diag(W 1), L = D - W, and G = I - L, whose rows sum to 1 [paper].
 J(α) = α^T L α = 1/2 sum w_ij (α_i - α_j)^2 for symmetric W, and the sought α minimises it.
     E-step    dJ/dα = 2 L α; a step of length 1/2 gives α^p = α^u - L α^u = G α^u.
-    M-step g  For rows on the simplex sum_c y_c log p_c <= log sum_c y_c p_c (Jensen), and
-              -log s >= 1 - s, so that -Y^T log α^p >= N - Y^T G α^u, for Y = α^u a constant plus
-              α^T L α: the loss bounds J from above, and g lowers it over L.
+    M-step g  -log p >= 1 - p, and rows of Y sum to 1, so that -Y^T log α^p >= N - Y^T G α^u. For
+              Y = α^u that is a constant plus α^T L α: the loss bounds J, and g lowers it over L.
     M-step f  f learns α^p.
 With Y = α^u the M-step for g has the trivial solution G = I. Hence the mined Y, of which
 Y^T L α <= α^T L α is expected, not proved. The paper claims that alternating descent of J ends in a

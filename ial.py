@@ -355,7 +355,8 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> d
         with run.autocast():
             gates = trained(images).float()  # (B, 4, 4, h, w)
         refined = propagate(probs, gates, cfg.passes, cfg.rule)  # α^p = G α^u
-        loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)  # L_α
+        # L_α at the pixels that were mined; that α^p is enlarged, not its logarithm, is ours.
+        loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)
         cells = at_cells(segments, cfg.stride)
         smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule)
         descend(loss_affinity + cfg.lam * smooth, optimizer, schedule)  # L_α + λ L_s
@@ -406,6 +407,9 @@ def check_flags(cfg: Config) -> None:
     for name in ("fg", "bg", "share", "tau"):
         if getattr(cfg, name) > 1:
             raise InputError(f"--{name} {getattr(cfg, name)}: must be between 0 and 1")
+    for name in ("segment_size", "probes", "passes", "stride"):
+        if not getattr(cfg, name):
+            raise InputError(f"--{name.replace('_', '-')} 0: must be positive")
     if cfg.bg > cfg.fg:
         raise InputError(f"--bg {cfg.bg}: must not be above --fg {cfg.fg}")
     if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:

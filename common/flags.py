@@ -113,8 +113,8 @@ def check_config(cfg: RunConfig) -> None:
             isinstance(value, tuple | list) and value and all(_finite(v) and v for v in value)
         ):
             refuse(field.name, "one or more positive numbers")
-    for name in ("iters", "eval_every", "lr", "segment_size", "probes", "passes", "stride"):
-        if not getattr(cfg, name, True):
+    for name in ("iters", "eval_every", "lr"):
+        if not getattr(cfg, name):
             refuse(name, "positive")
     if cfg.seed >= 2**32:
         refuse("seed", "below 2^32")

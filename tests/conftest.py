@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests sta
 import pytest
 import torch
 
+from common.run import Run
+
 torch.set_num_threads(1)
 
 
@@ -14,3 +16,22 @@ torch.set_num_threads(1)
 def seeded():
     """Every test starts from the same generator state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def power_cut(monkeypatch):
+    """power_cut(step, start): start(), a run that ends before this step is logged."""
+
+    def cut(step, start):
+        log = Run.log
+
+        def fail(self, now, **values):
+            if now == step:
+                raise RuntimeError("power cut")
+            log(self, now, **values)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+            patch.setattr(Run, "log", fail)
+            start()
+
+    return cut

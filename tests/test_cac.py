@@ -946,22 +946,12 @@ def test_a_batch_without_overlap_teaches_nothing(small, tmp_path):
 
 
 @pytest.mark.parametrize("bank", [0, 2])
-def test_a_run_that_stops_goes_on_exactly(bank, small, tmp_path, monkeypatch):
+def test_a_run_that_stops_goes_on_exactly(bank, small, tmp_path, power_cut):
     """In the warm-up, and after an evaluation that follows it: the bank comes back too."""
     flags = dict(iters=8, eval_every=2, warmup=3 / 8, bank=bank)
     run(tmp_path / "whole", **flags)
-    log = Run.log
     for stop in (2, 6):
-
-        def fail(self, step, stop=stop, **values):
-            if step == stop:
-                raise RuntimeError("power cut")
-            log(self, step, **values)
-
-        monkeypatch.setattr(Run, "log", fail)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(tmp_path / "cut", **flags, resume=True)
-    monkeypatch.setattr(Run, "log", log)
+        power_cut(stop, lambda: run(tmp_path / "cut", **flags, resume=True))
     assert len(saved(tmp_path / "cut")["state"]["bank"]["past"]) == bank
     run(tmp_path / "cut", **flags, resume=True)
     for name in ("last.pt", "iou.txt", "panels.png"):

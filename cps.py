@@ -15,47 +15,18 @@ Where to find it
     Eq. (3)        L_s, both learn the truth                    supervised_loss
     Eq. (4)        L_cps^u, each learns the other's labels      cps_loss; L_cps^l has its form
     Eq. (5)        L = L_s + λ L_cps, L_cps = L_cps^l + L_cps^u train
-    CutMix         pseudo labels of two pictures, mixed         mix, common.augment.cutmix_masks
+    CutMix         pseudo labels of two pictures, mixed         train, common.augment
     Discussions    cross probability consistency                cross_probability_loss
                    mean teacher                                 mean_teacher_loss, ema_update
                    single network, PseudoSeg                    discussion_loss
 
-Differences from the paper (P) and from the released code (C)
-    1.  L_cps is one mean over the pixels of labelled and unlabelled pictures together, as in C.
-        That is half of P's sum; the published λ belong to C's form.
-    2.  With CutMix, L_cps is taken on the mixed unlabelled pictures alone, as in C; P has the
-        labelled term too. `--labeled-cps on` adds it.
-    3.  CutMix mixes different pictures: a picture's partner is the one before it in the batch. C
-        intends that, but its two samplers run in step, so that it mixes two views of one picture,
-        and its loader processes repeat one sequence of masks. As all partners are in the batch,
-        each network labels it once, where C makes two passes.
-    4.  Padding of a crop carries no pseudo label; C lets it count: `--count-padding`. Void pixels
-        of a labelled picture do get pseudo labels, as in C.
-    5.  Pseudo labels come from BatchNorm in training mode, which also moves its running
-        statistics, as in C. `--pseudo-eval` predicts them in eval mode.
-    6.  Learning rate and weight decay are those that C applies in effect: by our reading it divides
-        every gradient by the number of GPUs once too often, so that its 0.01 on 4 GPUs acts as
-        0.0025 and its decay of 1e-4 as 4e-4. P prints a decay of 5e-4, which its authors call a
-        typo, and a rate of 0.04 for Cityscapes. One optimiser steps both networks.
-    7.  Means over pixels are per process, as in C; so is OHEM's threshold, here over the batch,
-        in C over its one picture, with 50,000 pixels kept for each. CutMix partners and masks
-        depend on the number of processes, the pictures do not. A process has two pictures or more.
-    8.  The ResNets are torchvision's, with a 7x7 stem, and ASPP is DeepLabv3+'s; C has a deep stem
-        and an ASPP of its own. Upsampling does not align corners, C's does.
-    9.  A picture is cropped before it is resized and flipped last; C can draw crops a pixel short.
-    10. The last checkpoint is the result; C reports the best one on the validation set. Pictures
-        are evaluated at their own size, where C pads VOC's to 512 x 512; Cityscapes in C's windows.
-    11. Labelled pictures are every r-th of the sorted ids; C's VOC lists are the same, its
-        Cityscapes lists follow another order. P says that it draws at random.
-    12. Iterations are the same for every share of labels; C rounds its epochs to within 1 % of it.
-    13. bf16 autocast on GPUs; C is in float32. A batch without a valid pixel costs 0; in C, NaN.
-    14. `--ramp` lets λ rise from 0 over a first share of the steps. Ours, for networks that start
-        at random and teach each other noise at first; 0, as in P, with pretrained ones.
-    15. With `--weights none` the backbones are drawn apart too; otherwise only the heads, as in P.
-    16. The mean teacher sees the student's view, as in C, where P draws two views; it is updated
-        after the step, in C before it. With CutMix it is CutMix-Seg (French et al., BMVC 2020),
-        whose λ is 1. The other alternatives are not in C, and we found no weight for them in P:
-        they use λ. PseudoSeg is P's Fig. 1(d): a weak view labels a strong one of one network.
+What differs from the paper (P) or the released code (C) stands at its line: `grep Δ cps.py`. What
+changes results most:
+    1. L_cps is one mean over labelled and unlabelled pixels, as in C: half of P's sum of two means.
+    2. With CutMix it is taken on the mixed unlabelled pictures alone, as in C.
+    3. CutMix mixes different pictures; C, by accident, two views of one picture.
+    4. Rate and weight decay are those that C applies in effect, a quarter or less of the published.
+    5. λ rises from 0 in the toy's recipe, whose networks start from nothing: `--ramp`.
 
     python cps.py    # 53.6 mIoU, mean of three seeds (supervised 44.3); 6 minutes on two CPU cores
 """
@@ -64,21 +35,17 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import cutmix_masks, photometry, train_view, whole_view
-from common.data import VOID, check, load, training_loader, val_loader
+from common.augment import cutmix_masks, mix, photometry, train_view
 from common.deeplab import DeepLabV3Plus
-from common.flags import SemiConfig
-from common.losses import cross_entropy, ohem_cross_entropy
-from common.metrics import evaluate, iou
+from common.flags import SemiConfig, Share
+from common.losses import VOID, cross_entropy, supervised_criterion
 from common.optim import sgd_poly
-from common.predict import panels
 from common.run import InputError, Result, Run, main
 
 Supervision = Literal["cps", "prob_l2", "prob_kl", "mean_teacher", "single", "pseudoseg"]
@@ -93,20 +60,24 @@ class Config(SemiConfig):
     lam: float = 1.5  # λ of Eq. (5) without CutMix: 1.5 on VOC, 6 on Cityscapes
     lam_cutmix: float = 2.0  # λ with CutMix: 1 on VOC, 5 on Cityscapes; 2 here is ours
     lam_mt: float = 100.0  # mean teacher's λ without CutMix, on a mean over pixels and classes
-    ramp: float = 0.15  # share of the steps over which λ rises from 0; ours, for random weights
-    labeled_cps: Literal["auto", "on", "off"] = "auto"  # L_cps^l too; auto: on without CutMix
-    count_padding: bool = False  # give padding pseudo labels too, as the released code does
-    pseudo_eval: bool = False  # pseudo labels from eval mode; the released code's are from train
-    ema_decay: float = 0.99  # of the mean teacher
+    lam_mt_cutmix: float = 1.0  # mean teacher's λ with CutMix: CutMix-Seg's
+    # Δ PC: λ is constant there. Networks that start from nothing teach each other noise at first.
+    ramp: Share = 0.15  # share of the steps over which λ rises from 0: 0 in the paper
+    count_padding: bool = False  # padding of a crop gets pseudo labels too, as in the released code
+    ema_decay: Share = 0.99  # of the mean teacher
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of a training crop, one drawn for each
     ohem: bool = False  # L_s over the hard pixels only: on Cityscapes
-    width: int = 64  # channels of ASPP and decoder: 256 in the paper
-    eval_window: int = 0  # side of the sliding windows of evaluation, pixels; 0: whole pictures
 
 
-# The released schedule makes batch x iterations the same for every labelled share: about 39,680
-# steps of 8 + 8 pictures on VOC (60 epochs of all 10,582 at batch 16), 44,625 on Cityscapes (240
-# of 2,975). Published lr 0.01 and 0.02 (paper: 0.04), weight decay 1e-4: see difference 6.
+# Steps are of 8 + 8 pictures, as many for each labelled share: batch x steps are 60 epochs of all
+# 10,582 pictures at batch 16 on VOC, 240 of 2,975 on Cityscapes (C rounds its epochs to within 1 %
+# of it). On several GPUs --batch-size is a process's part of the 8.
+# Δ PC: C's gradients are divided by the number of processes once more than a mean takes, which for
+# SGD is a rate divided by it and a decay multiplied by it. Published are 0.01 with 4 processes on
+# VOC, 0.02 with 8 on Cityscapes (P: 0.04), and a decay of 1e-4 (P: 5e-4, its authors' typo). Hence
+# 0.01 / 4 = 0.02 / 8 = 0.0025, 4 x 1e-4 = 4e-4 and 8 x 1e-4 = 8e-4.
+# Δ P: the labelled pictures are every r-th of the sorted ids, which for VOC are C's lists; P says
+# that they are drawn at random.
 PAPER = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
@@ -114,31 +85,22 @@ PAPER = dict(
     weight_decay=4e-4,
     lam_cutmix=1.0,
     ramp=0.0,
+    count_padding=True,
     scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0),
     width=256,
     workers=4,
 )
+FOLDER = dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval_every=2_000)
+VOC = dict(dataset="voc", labeled="1/8", crop_size=512, iters=39_680, eval_every=1_984)
+CITYSCAPES = dict(dataset="cityscapes", labeled="1/8", crop_size=800, weight_decay=8e-4)
+CITYSCAPES |= dict(iters=44_625, eval_every=2_975, eval_window=800)
+CITYSCAPES |= dict(lam=6.0, lam_cutmix=5.0, ohem=True)
 RECIPES = {
     "shapes": {},
-    "folder": PAPER
-    | dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval_every=2_000),
-    "voc": PAPER
-    | dict(dataset="voc", labeled="1/8", crop_size=512, iters=39_680, eval_every=1_984),
-    "cityscapes": PAPER
-    | dict(
-        dataset="cityscapes",
-        labeled="1/8",
-        crop_size=800,
-        iters=44_625,
-        eval_every=2_975,
-        weight_decay=8e-4,
-        lam=6.0,
-        lam_cutmix=5.0,
-        ohem=True,
-        eval_window=800,
-    ),
+    "folder": PAPER | FOLDER,
+    "voc": PAPER | VOC,
+    "cityscapes": PAPER | CITYSCAPES,
 }
-CONFIDENT = 0.97  # CutMix-Seg weights its loss with the share of pixels this confident
 
 
 # --- the method (Sec. 3) ---
@@ -176,18 +138,23 @@ def cps_loss(
     return cross_entropy(logits1, pseudo2) + cross_entropy(logits2, pseudo1)
 
 
-def mix(tensor: Tensor, masks: Tensor) -> Tensor:
-    """CutMix: inside the masks a picture gives way to the one before it in the batch.
+@torch.no_grad()
+def predict(networks: nn.ModuleList | list[nn.Module], images: Tensor) -> list[Tensor]:
+    """The logits (B, K, H, W) with which networks teach, constant.
 
-    tensor: pictures or logits (B, C, H, W), or maps (B, H, W); masks (B, 1, H, W) bool.
+    In training mode, as in C: BatchNorm uses this batch's statistics, and its running ones move.
     """
-    masks = masks if tensor.ndim == 4 else masks[:, 0]
-    return torch.where(masks, tensor.roll(1, 0), tensor)
+    return [network(images) for network in networks]
+
+
+def labels_of(logits: Tensor, valid: Tensor) -> Tensor:
+    """The pseudo labels (B, H, W) that logits (B, K, H, W) stand for, void where not valid."""
+    return logits.argmax(dim=1).masked_fill(~valid, VOID)
 
 
 def join(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     """Two batches as one, network by network."""
-    return [torch.cat(pair) for pair in zip(first, second, strict=True)]
+    return [torch.cat(both) for both in zip(first, second, strict=True)]
 
 
 # --- the alternatives of the paper's Discussions ---
@@ -241,59 +208,47 @@ def pixel_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher <- decay teacher + (1 - decay) student, parameters alone.
 
-    The teacher's BatchNorm keeps its own running statistics, as in the released code.
+    The teacher's BatchNorm keeps its own running statistics, as in C.
     """
     for averaged, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
         averaged.lerp_(parameter, 1 - decay)
 
 
 def discussion_loss(
-    kind: str,
-    logits: list[Tensor],
-    teaching: list[Tensor],
-    pseudo: list[Tensor],
-    valid: Tensor,
-    conf: float,
+    kind: str, logits: list[Tensor], teaching: list[Tensor], valid: Tensor, cutmix: bool
 ) -> Tensor:
-    """The alternative `kind` to Eq. (4), from what the training loop has at hand."""
+    """The alternative `kind` to Eq. (4): logits (B, K, H, W) learn from teaching, of each network.
+
+    Δ P: for all but the mean teacher we found no weight: they take λ.
+    """
     if kind in ("prob_l2", "prob_kl"):
         return cross_probability_loss(*logits, kind.removeprefix("prob_"), valid)
     if kind == "mean_teacher":
-        return mean_teacher_loss(logits[0], teaching[0], valid, conf)
-    return cross_entropy(logits[0], pseudo[0])  # single; pseudoseg, whose logits see a strong view
+        # With CutMix: in the manner of CutMix-Seg (French et al., BMVC 2020), whose loss weighs
+        # the share of pixels of confidence 0.97.
+        # Δ PC: CutMix-Seg has other masks (one box of half the area), labels in eval mode, and
+        # averages the teacher's running statistics too.
+        return mean_teacher_loss(*logits, *teaching, valid, conf=0.97 if cutmix else 0.0)
+    # single: a network learns its own labels. pseudoseg: those that a weak view of it gives.
+    return cross_entropy(*logits, *(labels_of(teach, valid) for teach in teaching))
 
 
-@torch.no_grad()
-def predict(networks: list[nn.Module], images: Tensor, eval_mode: bool = False) -> list[Tensor]:
-    """The logits (B, K, H, W) with which networks teach, constant.
-
-    In training mode, as released, these passes move BatchNorm's running statistics too.
-    """
-    for network in networks:
-        network.train(not eval_mode)
-    logits = [network(images) for network in networks]
-    for network in networks:
-        network.train()
-    return logits
+def weight(cfg: Config, num_classes: int) -> float:
+    """λ of Eq. (5), for CPS or the alternative that the flags choose."""
+    if cfg.supervision != "mean_teacher":
+        return cfg.lam_cutmix if cfg.cutmix else cfg.lam
+    # C's 100 weighs a mean over classes, too: ours is a sum over them.
+    return cfg.lam_mt_cutmix if cfg.cutmix else cfg.lam_mt / num_classes
 
 
-# --- training ---
+# --- training (Sec. 4.1) ---
 
 
 def check_flags(cfg: Config) -> None:
     """Raise InputError for flags of this script that do not go together."""
-    if cfg.ema_decay > 1:
-        raise InputError(f"--ema-decay {cfg.ema_decay}: must be between 0 and 1")
-    if 0 < cfg.eval_window < 32:
-        raise InputError(f"--eval-window {cfg.eval_window}: must be 0, or 32 pixels and more")
-    if cfg.supervised_only:
-        return
-    if cfg.cutmix and cfg.supervision not in ("cps", "mean_teacher", "single"):
+    mixes = cfg.supervision in ("cps", "mean_teacher", "single")
+    if cfg.cutmix and not mixes and not cfg.supervised_only:
         raise InputError(f"--supervision {cfg.supervision}: has no CutMix form; add --no-cutmix")
-    if cfg.pseudo_eval and cfg.supervision in ("prob_l2", "prob_kl"):
-        raise InputError(f"--pseudo-eval: {cfg.supervision} has no pseudo labels; leave it out")
-    if cfg.labeled_cps == "on" and cfg.supervision == "pseudoseg":
-        raise InputError("--labeled-cps on: pseudoseg has no strong view of labelled pictures")
 
 
 def train(cfg: Config) -> Result:
@@ -303,97 +258,81 @@ def train(cfg: Config) -> Result:
     """
     run = Run("cps", cfg)
     check_flags(cfg)
-    data = load(cfg.dataset, cfg.data_path, cfg.labeled, cfg.unlabeled, cfg.seed)
-    run.print(data.summary())
+    data = run.load()
 
     # Same architecture, same pretrained backbone; only the random heads differ. That difference
     # is the whole perturbation: with equal heads, Eq. (4) is each network taught by itself.
-    kind, num_classes = cfg.supervision, len(data.classes)
-    if cfg.supervised_only:
-        kind = "supervised"
-    twins = kind in ("cps", "prob_l2", "prob_kl")
-    networks = [
-        DeepLabV3Plus(num_classes, cfg.backbone, cfg.weights, cfg.width) for _ in range(1 + twins)
-    ]
-    check(data, run.rank, run.world)
+    # Δ PC: with --weights none the backbones are drawn apart, too.
+    semi, kind = not cfg.supervised_only, cfg.supervision
+    twins = semi and kind in ("cps", "prob_l2", "prob_kl")
+    build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
+    networks = [build() for _ in range(1 + twins)]
     trained = [run.wrap(network) for network in networks]
-    teachers = networks
-    if kind == "mean_teacher":
-        teachers = [deepcopy(networks[0]).requires_grad_(False)]
-    modules = nn.ModuleList(dict.fromkeys(networks + teachers))
+    averaged = semi and kind == "mean_teacher"  # then one teaches that learns by averaging alone
+    teachers = [deepcopy(networks[0]).requires_grad_(False)] if averaged else networks
+    everything = nn.ModuleList(dict.fromkeys(networks + teachers))
     optimizer, schedule = sgd_poly(networks, cfg.lr, cfg.weight_decay, cfg.iters)
-    state = dict(networks=modules, optimizer=optimizer, schedule=schedule)
-    run.start(networks[:1], data, state)
+    run.start(data, networks[:1], networks=everything, optimizer=optimizer, schedule=schedule)
 
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
-    batches_l = iter(training_loader(data, "labeled", view, **run.drawing))
-    if kind != "supervised":
-        view_u = partial(view, strong=photometry()) if kind == "pseudoseg" else view
-        batches_u = iter(training_loader(data, "unlabeled", view_u, **run.drawing))
-    val = val_loader(data, whole_view, **run.loading)
-    window = (cfg.eval_window, ceil(cfg.eval_window * 2 / 3)) if cfg.eval_window else None
-
-    criterion = cross_entropy
-    if cfg.ohem:
-        criterion = partial(ohem_cross_entropy, min_kept=50_000 * cfg.batch_size)
-    lam = cfg.lam_cutmix if cfg.cutmix else cfg.lam
-    if kind == "mean_teacher" and not cfg.cutmix:
-        lam = cfg.lam_mt / num_classes
-    conf = CONFIDENT if cfg.cutmix else 0.0
-    # What teaches takes a pass of its own where it has other weights, another mode, other pixels.
-    others = kind == "mean_teacher" or cfg.pseudo_eval
-    own_pass = others or cfg.cutmix or kind == "pseudoseg"
-    teach_labeled = cfg.labeled_cps == "on" or (cfg.labeled_cps == "auto" and not cfg.cutmix)
-    teach_labeled = teach_labeled and kind != "pseudoseg"
+    view_u = partial(view, strong=photometry()) if kind == "pseudoseg" else view
+    batches_l, batches_u = run.batches("labeled", view), run.batches("unlabeled", view_u)
+    criterion = supervised_criterion(cfg.ohem, cfg.batch_size)
+    lam = weight(cfg, len(data.classes))
 
     for step in run.loop():
         images_l, labels_l, valid_l = run.to_device(next(batches_l))
         with run.autocast():
             logits_l = [network(images_l) for network in trained]  # (B, K, H, W)  Eqs. (1), (2)
             if twins:
-                loss_sup = supervised_loss(*logits_l, labels_l, criterion)  # Eq. (3)
+                loss_sup = supervised_loss(*logits_l, labels_l, criterion)  # L_s, Eq. (3)
             else:
-                loss_sup = criterion(logits_l[0], labels_l)
-            loss, loss_unsup = loss_sup, 0.0
+                loss_sup = criterion(*logits_l, labels_l)
+            loss, loss_cps = loss_sup, 0.0
 
-            if kind != "supervised":
+            if semi:
                 images_u, _, valid, *strong_u = run.to_device(next(batches_u))
-                teaching = predict(teachers, images_u, cfg.pseudo_eval) if own_pass else []
                 if cfg.cutmix:
+                    # Each network labels the uncut pictures; labels are then cut as pictures are.
+                    # Δ C: the partner is another picture of the batch. C draws partners from a
+                    # second sampler, which runs in step with the first and gives the same picture.
+                    # Δ P: no labelled term here, as in C.
                     masks = cutmix_masks(*valid.shape, device=run.device)
-                    images_u, valid = mix(images_u, masks), mix(valid, masks)
-                    teaching = [mix(teach, masks) for teach in teaching]
-                logits = [network(*strong_u or [images_u]) for network in trained]
-                teaching = teaching or logits
-                if teach_labeled:
-                    own = predict(teachers, images_l, cfg.pseudo_eval) if others else logits_l
-                    logits, teaching = join(logits_l, logits), join(own, teaching)
-                    valid = torch.cat([valid_l, valid])
-                valid = valid | cfg.count_padding
-                # Y1 and Y2, (B, H, W) each: the labels that networks 1 and 2 predict.
-                pseudo = [teach.argmax(dim=1).masked_fill(~valid, VOID) for teach in teaching]
-                if kind == "cps":
-                    loss_unsup = cps_loss(*logits, *pseudo)  # Eq. (4)
+                    teaching = [mix(logits, masks) for logits in predict(teachers, images_u)]
+                    logits = [network(mix(images_u, masks)) for network in trained]
+                    valid = mix(valid, masks)
+                elif kind == "pseudoseg":  # Fig. 1(d): a weak view labels a strong one
+                    teaching = predict(teachers, images_u)
+                    logits = [network(*strong_u) for network in trained]
                 else:
-                    loss_unsup = discussion_loss(kind, logits, teaching, pseudo, valid, conf)
+                    # L_cps^l + L_cps^u.
+                    # Δ P: one mean over the pixels of both sets, as in C, where P adds two means:
+                    # half of P's weight for the unlabelled one. The published λ are C's.
+                    logits = join(logits_l, [network(images_u) for network in trained])
+                    teaching, valid = logits, torch.cat([valid_l, valid])
+                    if averaged:
+                        # Δ P: the teacher sees the student's view, as in C; P draws one for each.
+                        both = predict(teachers, images_l), predict(teachers, images_u)
+                        teaching = join(*both)
+                if cfg.count_padding:
+                    valid = torch.ones_like(valid)
+                if kind == "cps":
+                    pseudo = [labels_of(teach, valid) for teach in teaching]  # Y1, Y2
+                    loss_cps = cps_loss(*logits, *pseudo)  # L_cps, Eq. (4)
+                else:
+                    loss_cps = discussion_loss(kind, logits, teaching, valid, cfg.cutmix)
                 ramp = min(1.0, (step + 1) / max(cfg.ramp * cfg.iters, 1))
-                loss = loss_sup + ramp * lam * loss_unsup  # Eq. (5)
+                loss = loss_sup + ramp * lam * loss_cps  # L, Eq. (5)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if kind == "mean_teacher":
+        if averaged:
+            # Δ C: after the step; there, before it.
             ema_update(teachers[0], networks[0], cfg.ema_decay)
-        run.log(step, loss_sup=loss_sup, loss_unsup=loss_unsup)
-        if run.due(step):
-            run.average_buffers(modules)
-            with run.autocast():
-                confusion = evaluate(networks[0], val, num_classes, run.device, window)
-            run.record(step, iou(confusion))
-
-    if run.rank == 0:
-        panels(networks[0], data, run.folder / "panels.png", run.device)
+        run.log(step, loss_sup=loss_sup, loss_unsup=loss_cps)
+        run.evaluate(step)
     return run.finish()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from common.data import VOID
+from common.losses import VOID
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -138,3 +138,12 @@ def cutmix_masks(
     down = ((rows >= top) & (rows < bottom)).float()  # (B, boxes, H)
     across = ((columns >= left) & (columns < right)).float()  # (B, boxes, W)
     return (down.mT @ across)[:, None] % 2 == 1  # the number of boxes over a pixel, odd or even
+
+
+def mix(tensor: Tensor, masks: Tensor) -> Tensor:
+    """CutMix: inside the masks a picture gives way to the one before it in the batch.
+
+    tensor: pictures or logits (B, C, H, W), or maps (B, H, W); masks (B, 1, H, W) bool.
+    """
+    masks = masks if tensor.ndim == 4 else masks[:, 0]
+    return torch.where(masks, tensor.roll(1, 0), tensor)

@@ -1,16 +1,15 @@
 """Datasets as three lists of files, and loaders whose batches depend on seed and step alone.
 
 A dataset is its class names, their colours, and sorted lists of (picture, mask) paths: labelled,
-unlabelled, validation. Supported: `shapes` (drawn, no files), `folder`, `voc`, `cityscapes`.
+unlabelled, validation. There are `shapes` (drawn, no files), `folder`, `voc`, `cityscapes`.
 """
 
-import hashlib
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,39 +24,15 @@ from common.layouts import (
     BAD,
     DRAWN,
     LAYOUTS,
-    VOID,
-    Layout,
+    Data,
     Pair,
     find_pictures,
     read_image,
     read_lines,
     read_mask,
 )
-from common.run import in_all_processes
-
-
-@dataclass
-class Data:
-    """A dataset; paths begin with `root`, and `lookup` (256,) turns mask values into classes."""
-
-    classes: list[str]
-    colors: list[tuple[int, int, int]]
-    labeled: list[Pair]
-    unlabeled: list[Pair]
-    val: list[Pair]
-    root: str
-    lookup: np.ndarray
-
-    def summary(self) -> str:
-        """Counts, a hash of the labelled list that is equal on every machine, and the classes."""
-        files = [Path(os.path.relpath(image, self.root)).as_posix() for image, _ in self.labeled]
-        digest = hashlib.sha256("\n".join(files).encode()).hexdigest()[:12]
-        return (
-            f"{len(self.labeled)} labelled, {len(self.unlabeled)} unlabelled, {len(self.val)} "
-            f"validation pictures; labelled list {digest}\n"
-            f"{len(self.classes)} classes: {', '.join(self.classes)}"
-        )
-
+from common.losses import VOID
+from common.machine import in_all_processes
 
 # --- the lists ---
 
@@ -70,22 +45,15 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     are not labelled, or all of them when all are), a list file or a folder.
     Raises InputError that names the file or flag.
     """
-    root, classes, colors, train, val, lookup = layout(dataset, data_path)
-    chosen = _choose_labeled(labeled, train, root, seed)
-    for image, _ in sorted(set(chosen) & set(val.values())):
+    data = layout(dataset, data_path)
+    chosen = _choose_labeled(labeled, data.train, data.root, seed)
+    for image, _ in sorted(set(chosen) & set(data.val)):
         raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
-    return Data(
-        classes=classes,
-        colors=colors,
-        labeled=chosen,
-        unlabeled=_choose_unlabeled(unlabeled, train, root, chosen),
-        val=[val[name] for name in sorted(val)],
-        root=str(root),
-        lookup=lookup,
-    )
+    others = _choose_unlabeled(unlabeled, data.train, data.root, chosen)
+    return replace(data, labeled=chosen, unlabeled=others)
 
 
-def layout(dataset: str, data_path: str) -> Layout:
+def layout(dataset: str, data_path: str) -> Data:
     """What the dataset's folder holds: training and validation pictures, all of these with masks.
 
     Raises InputError where there are none.
@@ -98,15 +66,14 @@ def layout(dataset: str, data_path: str) -> Layout:
             raise InputError(
                 f"{found.root}: holds no {kind} picture in the layout of --dataset {dataset}"
             )
-    for name in sorted(found.val):
-        image, mask = found.val[name]
+    for image, mask in found.val:
         if mask is None:
             raise InputError(f"{image}: validation picture without a mask; add the mask")
     return found
 
 
 def _choose_labeled(labeled: str, train: dict[str, Pair], root: Path, seed: int) -> list[Pair]:
-    names = sorted(train)
+    names = list(train)
     if labeled == "all":
         pairs = [train[name] for name in names if train[name][1] is not None]
         if not pairs:
@@ -144,7 +111,7 @@ def _choose_unlabeled(
 ) -> list[Pair]:
     if not unlabeled:
         known = {image for image, _ in labeled}
-        images = [train[name][0] for name in sorted(train)]
+        images = [image for image, _ in train.values()]
         images = [image for image in images if image not in known] or images
     elif os.path.isdir(unlabeled):
         images = [str(path) for path in find_pictures(Path(unlabeled)).values()]
@@ -195,16 +162,16 @@ def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list
 # --- the check ---
 
 
-def check(data: Data, rank: int = 0, world: int = 1, whole: bool = False) -> None:
+def check(data: Data, rank: int = 0, world: int = 1) -> None:
     """Decode every labelled and validation picture, and its mask, once, before the first step.
 
     Raises InputError for an unreadable file, a mask of another size than its picture, a mask
-    value that is no class, a validation picture under 32 pixels, a missing unlabelled picture.
-    whole: training pictures are predicted whole, too, and need 32 pixels. The files are shared
-    out over the processes, and all of them raise.
+    value that is no class, a missing unlabelled picture, and a picture under 32 pixels that is
+    predicted whole: in validation, and in training where there are tags. The files are shared out
+    over the processes, and all of them raise.
     """
     pairs = sorted(set(data.labeled + data.val))[rank::world]
-    predicted = {image for image, _ in (data.val + data.labeled if whole else data.val)}
+    predicted = {image for image, _ in (data.val if data.tags is None else data.val + data.labeled)}
 
     def check_pair(pair: Pair) -> None:
         image = read_image(pair[0])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation as ConvBNReLU
 
 from common.flags import InputError
 
@@ -25,8 +26,7 @@ class DeepLabV3Plus(nn.Module):
     is ignored.
     width: channels of ASPP and decoder, 256 in the paper. The dropout rates are there for CAC;
     the networks of CPS and PS-MT have none.
-    Raises InputError for an unknown backbone, a width below 1, and for weights that are missing
-    or do not fit.
+    Raises InputError for an unknown backbone, and for weights that are missing or do not fit.
     """
 
     def __init__(
@@ -40,8 +40,6 @@ class DeepLabV3Plus(nn.Module):
         classifier_dropout: float = 0.0,
     ):
         super().__init__()
-        if width < 1:
-            raise InputError(f"--width {width}: must be positive")
         # What rebuilds this network around its state dict; a checkpoint keeps it.
         self.arguments = dict(
             num_classes=num_classes,
@@ -55,11 +53,11 @@ class DeepLabV3Plus(nn.Module):
         bottleneck = backbone in ("resnet50", "resnet101")
         low, high = (256, 2048) if bottleneck else (64, 512)
         self.aspp = ASPP(high, width, aspp_dropout)
-        self.reduce_low = conv_bn_relu(low, 48, 1)
+        self.reduce_low = ConvBNReLU(low, 48, 1)
         self.decoder = nn.Sequential(
-            conv_bn_relu(width + 48, width, 3),
+            ConvBNReLU(width + 48, width, 3),
             nn.Dropout(decoder_dropout),
-            conv_bn_relu(width, width, 3),
+            ConvBNReLU(width, width, 3),
         )
         self.classifier_dropout = nn.Dropout(classifier_dropout)
         self.classifier = nn.Conv2d(width, num_classes, 1)
@@ -102,16 +100,12 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, images: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits (B, K, H, W).
 
-        `perturb(encoded)`, when given, is added to the encoding, which is then decoded in float32
-        (PS-MT).
+        `perturb(encoded)`, when given, is added to the encoding (PS-MT).
         """
-        encoded, size = self.encode(images), images.shape[-2:]
-        if perturb is None:
-            return self.classify(self.decode(encoded), size)
-        # Half precision would round much of a small perturbation away.
-        with torch.autocast(images.device.type, enabled=False):
-            encoded = encoded.to(torch.promote_types(encoded.dtype, torch.float32))
-            return self.classify(self.decode(encoded + perturb(encoded)), size)
+        encoded = self.encode(images)
+        if perturb is not None:
+            encoded = encoded + perturb(encoded)
+        return self.classify(self.decode(encoded), images.shape[-2:])
 
 
 class ASPP(nn.Module):
@@ -120,11 +114,11 @@ class ASPP(nn.Module):
     def __init__(self, channels: int, width: int, dropout: float):
         super().__init__()
         self.branches = nn.ModuleList(
-            [conv_bn_relu(channels, width, 1)]
-            + [conv_bn_relu(channels, width, 3, dilation=rate) for rate in (6, 12, 18)]
+            [ConvBNReLU(channels, width, 1)]
+            + [ConvBNReLU(channels, width, 3, dilation=rate) for rate in (6, 12, 18)]
         )
-        self.pooled = conv_bn_relu(channels, width, 1)
-        self.project = conv_bn_relu(5 * width, width, 1)
+        self.pooled = ConvBNReLU(channels, width, 1)
+        self.project = ConvBNReLU(5 * width, width, 1)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, high: Tensor) -> Tensor:
@@ -147,17 +141,6 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> logits (B, K, H, W)."""
         return torch.stack([network(images) for network in self.networks]).mean(dim=0)
-
-
-def conv_bn_relu(
-    channels: int, width: int, kernel: int, dilation: int = 1, stride: int = 1
-) -> nn.Sequential:
-    padding = kernel // 2 * dilation
-    return nn.Sequential(
-        nn.Conv2d(channels, width, kernel, stride, padding, dilation, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-    )
 
 
 def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:

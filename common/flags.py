@@ -4,8 +4,9 @@ import argparse
 import inspect
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 
 class InputError(ValueError):
@@ -13,7 +14,29 @@ class InputError(ValueError):
 
 
 class LoneError(InputError):
-    """An InputError that one process of several may meet alone, and therefore has to print."""
+    """An InputError over a file that one process of several meets alone: it prints it itself."""
+
+
+class Needs(NamedTuple):
+    """What a flag's value has to satisfy besides being of its type: in words, and as a test."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+# Types of flags. Every number is finite and 0 or more.
+Share = Annotated[float, Needs("between 0 and 1", lambda value: value <= 1)]
+Part = Annotated[float, Needs("0 or more and below 1", lambda value: value < 1)]
+Positive = Annotated[float, Needs("positive", lambda value: value > 0)]
+Count = Annotated[int, Needs("1 or more", lambda value: value >= 1)]
+Span = Annotated[
+    tuple[float, ...],
+    Needs("two numbers, the smaller one first", lambda v: len(v) == 2 and v[0] <= v[1]),
+]
+Window = Annotated[int, Needs("0, or 32 pixels and more", lambda value: not 0 < value < 32)]
+Side = Annotated[int, Needs("a multiple of 8, 32 or more", lambda v: v >= 32 and v % 8 == 0)]
+Batch = Annotated[int, Needs("2 or more: BatchNorm and CutMix need two pictures", lambda v: v > 1)]
+Seed = Annotated[int, Needs("below 2^32", lambda value: value < 2**32)]
 
 
 @dataclass
@@ -24,16 +47,18 @@ class RunConfig:
     data_path: str = ""  # the dataset's root folder; shapes needs none
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # of DeepLabv3+
     weights: str = "none"  # none (random), a torchvision name such as IMAGENET1K_V1, or a path
-    crop_size: int = 48  # side of a training crop in pixels, a multiple of 8
-    batch_size: int = 8  # labelled pictures per process; as many unlabelled ones come with them
-    iters: int = 250  # optimisation steps
-    lr: float = 0.06  # initial learning rate, falling to 0 by (1 - step / iters)^0.9
+    width: Count = 64  # channels of DeepLabv3+'s ASPP and decoder: 256 in its paper
+    crop_size: Side = 48  # side of a training crop in pixels, a multiple of 8
+    batch_size: Batch = 8  # labelled pictures per process; as many unlabelled ones come with them
+    iters: Count = 250  # optimisation steps
+    lr: Positive = 0.06  # initial rate, (1 - step / iters)^0.9 later; whatever batch and processes
     weight_decay: float = 1e-4  # on weights; BatchNorm and biases have none
-    eval_every: int = 125  # steps between two evaluations, each of which writes last.pt
+    eval_every: Count = 125  # steps between two evaluations, each of which writes last.pt
+    eval_window: Window = 0  # side of evaluation's sliding windows in pixels; 0: whole pictures
     workers: int = 0  # loader processes per stream and process; 0: load in the main process
     amp: Literal["auto", "none", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, else none
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    seed: int = 0  # of initial weights, batches and every step's randomness
+    seed: Seed = 0  # of initial weights, batches and every step's randomness
     output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>-<labeled>-s<seed>
     resume: bool = False  # continue the run in the output folder
 
@@ -52,7 +77,7 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
 
     recipes[f"{dataset} {labeled}"] and recipes[f"{dataset} {backbone}"] go before recipes[dataset]
     where there are such. Fields become flags; the comment behind a field is its help. Raises
-    InputError.
+    InputError for the user's mistakes, TypeError for those of who wrote the config.
     """
     about = "\n\n".join(inspect.getmodule(config).__doc__.split("\n\n")[:3])  # up to the idea
     parser = _Parser(
@@ -61,13 +86,10 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    helps = {}
-    for cls in reversed(config.__mro__[:-1]):
-        source = inspect.getsource(cls)
-        helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
+    helps = _comments(config)
     for field in fields(config):
-        flag, kind = "--" + field.name.replace("_", "-"), field.type
-        options: dict[str, Any] = {"help": helps[field.name].replace("%", "%%") + " [%(default)s]"}
+        kind, help = _plain_type(config, field), helps[field.name].replace("%", "%%")
+        options: dict[str, Any] = {"help": help + " [%(default)s]"}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
@@ -76,7 +98,7 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
             options |= {"nargs": "+", "type": get_args(kind)[0]}
         else:
             options["type"] = kind
-        parser.add_argument(flag, default=field.default, **options)
+        parser.add_argument(_flag(field.name), default=field.default, **options)
     choice = _Parser(add_help=False, allow_abbrev=False)
     choice.add_argument("--dataset", default=config.dataset)
     choice.add_argument("--labeled", default="")
@@ -85,6 +107,9 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
     for special in dict.fromkeys(("", chosen.backbone, chosen.labeled)):
         parser.set_defaults(**recipes.get(f"{chosen.dataset} {special}".strip(), {}))
     values = vars(parser.parse_args(argv))
+    if values["dataset"] not in recipes:
+        known = ", ".join(name for name in recipes if " " not in name)
+        raise InputError(f"--dataset {values['dataset']}: has no recipe here; there are {known}")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -93,36 +118,68 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _comments(config: type[RunConfig]) -> dict[str, str]:
+    """The comment behind each field of a config and of its bases."""
+    found = {}
+    for cls in reversed(config.__mro__[:-1]):
+        source = inspect.getsource(cls)
+        found |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
+    for field in fields(config):
+        if field.name not in found:
+            raise TypeError(
+                f"{config.__name__}.{field.name}: write a comment behind it, on its line; it "
+                f"becomes the help of {_flag(field.name)}"
+            )
+    return found
+
+
+def _plain_type(config: type[RunConfig], field: Any) -> Any:
+    """What a field's values are read as: str, bool, int, float, a Literal or a tuple of one."""
+    kind = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+    if isinstance(kind, str):
+        raise TypeError(
+            f"{config.__name__}.{field.name}: its type is a string; remove `from __future__ import "
+            "annotations` where the config is defined"
+        )
+    if kind not in (str, bool, int, float) and get_origin(kind) not in (Literal, tuple):
+        raise TypeError(
+            f"{config.__name__}.{field.name}: {kind} cannot be read from a command line; take str, "
+            "bool, int, float, a tuple or a Literal, and a value that means none"
+        )
+    return kind
+
+
 def check_config(cfg: RunConfig) -> None:
     """Raise InputError for a flag that cannot be right whatever the data; opens no file."""
-
-    def refuse(name: str, need: str) -> None:
-        raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {need}")
-
     for field in fields(cfg):
-        value, kind = getattr(cfg, field.name), field.type
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            refuse(field.name, f"one of {', '.join(get_args(kind))}")
-        if kind in (str, bool) and not isinstance(value, kind):
-            refuse(field.name, "a string" if kind is str else "True or False")
-        if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            refuse(field.name, "a whole number, 0 or more")
-        if kind is float and not _finite(value):
-            refuse(field.name, "a finite number, 0 or more")
-        if get_origin(kind) is tuple and not (
-            isinstance(value, tuple | list) and value and all(_finite(v) and v for v in value)
-        ):
-            refuse(field.name, "one or more positive numbers")
-    for name in ("iters", "eval_every", "lr"):
-        if not getattr(cfg, name):
-            refuse(name, "positive")
-    if cfg.seed >= 2**32:
-        refuse("seed", "below 2^32")
-    if cfg.batch_size < 2:
-        refuse("batch_size", "2 or more: BatchNorm and CutMix need two pictures")
-    if cfg.crop_size < 32 or cfg.crop_size % 8:
-        refuse("crop_size", "a multiple of 8, 32 or more")
+        value, kind = getattr(cfg, field.name), _plain_type(type(cfg), field)
+        needs = [_own_needs(kind), *getattr(field.type, "__metadata__", ())]
+        for words, test in needs:
+            if not test(value):
+                raise InputError(f"{_flag(field.name)} {value}: must be {words}")
+
+
+def _own_needs(kind: Any) -> Needs:
+    """What every value of a type has to satisfy."""
+    if get_origin(kind) is Literal:
+        return Needs(f"one of {', '.join(get_args(kind))}", lambda v: v in get_args(kind))
+    if get_origin(kind) is tuple:
+        words = "one or more positive numbers"
+        several = lambda v: isinstance(v, tuple | list) and len(v) > 0  # noqa: E731
+        return Needs(words, lambda v: several(v) and all(_finite(x) and x > 0 for x in v))
+    return {
+        str: Needs("a string", lambda v: isinstance(v, str)),
+        bool: Needs("True or False", lambda v: isinstance(v, bool)),
+        int: Needs("a whole number, 0 or more", lambda v: _finite(v) and isinstance(v, int)),
+        float: Needs("a finite number, 0 or more", _finite),
+    }[kind]
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    """Whether it is a number from 0 on; NaN is not."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf

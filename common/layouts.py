@@ -1,15 +1,18 @@
 """What datasets look like on disk: where pictures and masks are, how they are read."""
 
+import hashlib
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from common import shapes
 from common.flags import InputError
+from common.losses import VOID
 
-VOID = 255
 BAD = 254  # in a lookup: a mask value that stands for nothing
 DRAWN = "shapes:"  # before the id of a picture that is drawn, not read
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -43,26 +46,49 @@ VOC_CLASSES = (
 ).split()
 
 
-class Layout(NamedTuple):
-    """What a dataset's folders hold: pairs by id, and the lookup of `Data`."""
+@dataclass
+class Data:
+    """A dataset: what its folders hold, and which training pictures a run takes with labels.
+
+    Paths begin with `root`. `lookup` (256,) uint8 turns a mask's values into classes.
+    """
 
     root: Path
     classes: list[str]
     colors: list[tuple[int, int, int]]
-    train: dict[str, Pair]
-    val: dict[str, Pair]
+    train: dict[str, Pair]  # by id, sorted
+    val: list[Pair]
     lookup: np.ndarray
+    labeled: list[Pair] = field(default_factory=list)
+    unlabeled: list[Pair] = field(default_factory=list)
+    tags: Tensor | None = None  # (N, K - 1) bool: the classes but 0 that the training pictures show
+
+    def summary(self) -> str:
+        """Counts, a hash of what teaches that is equal on every machine, and the classes."""
+        if self.tags is None:
+            used = [Path(os.path.relpath(image, self.root)).as_posix() for image, _ in self.labeled]
+            counts, what = (
+                f"{len(used)} labelled, {len(self.unlabeled)} unlabelled",
+                "labelled list",
+            )
+        else:
+            rows = zip(self.train, self.tags.int().tolist(), strict=True)
+            used = [f"{name} {row}" for name, row in rows]
+            counts, what = f"{len(used)} pictures with tags", "tags"
+        digest = hashlib.sha256("\n".join(used).encode()).hexdigest()[:12]
+        return (
+            f"{counts}, {len(self.val)} validation pictures; {what} {digest}\n"
+            f"{len(self.classes)} classes: {', '.join(self.classes)}"
+        )
 
 
-def shapes_layout(_: Path) -> Layout:
-    train, val = (
-        {name: (DRAWN + name, DRAWN + name) for name in shapes.names(split)}
-        for split in ("train", "val")
-    )
-    return Layout(Path(), shapes.CLASSES, shapes.COLORS, train, val, _lookup(len(shapes.CLASSES)))
+def shapes_layout(_: Path) -> Data:
+    """The embedded dataset: a path is DRAWN and the picture's id."""
+    splits = [{name: (DRAWN + name,) * 2 for name in shapes.names(s)} for s in ("train", "val")]
+    return _data(Path(), shapes.CLASSES, shapes.COLORS, *splits)
 
 
-def folder_layout(root: Path) -> Layout:
+def folder_layout(root: Path) -> Data:
     """images/{train,val}/, masks/{train,val}/ with PNG masks of the same names, classes.txt."""
     classes = root / "classes.txt"
     if not classes.is_file():
@@ -77,10 +103,10 @@ def folder_layout(root: Path) -> Layout:
         masks = root / "masks" / split
         images = find_pictures(root / "images" / split)
         splits.append({name: _pair(path, masks / f"{name}.png") for name, path in images.items()})
-    return Layout(root, names, voc_colors(len(names)), *splits, _lookup(len(names)))
+    return _data(root, names, voc_colors(len(names)), *splits)
 
 
-def voc_layout(root: Path) -> Layout:
+def voc_layout(root: Path) -> Data:
     """A VOCdevkit as unpacked, at its top or at VOC2012/."""
     for below in ("VOC2012", "VOCdevkit/VOC2012"):
         if (root / below / "JPEGImages").is_dir():
@@ -99,10 +125,10 @@ def voc_layout(root: Path) -> Layout:
         {name: _pair(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png") for name in names}
         for names, folder in ((train, masks), (val, root / "SegmentationClass"))
     ]
-    return Layout(root, VOC_CLASSES, voc_colors(21), *splits, _lookup(21))
+    return _data(root, VOC_CLASSES, voc_colors(21), *splits)
 
 
-def cityscapes_layout(root: Path) -> Layout:
+def cityscapes_layout(root: Path) -> Data:
     """leftImg8bit/ and gtFine/ as unpacked, labelIds; an id is city/city_sequence_frame."""
     splits = []
     for split in ("train", "val"):
@@ -120,18 +146,27 @@ def cityscapes_layout(root: Path) -> Layout:
     lookup[[*range(34), 255]] = VOID
     lookup[list(CITYSCAPES)] = range(19)
     names, colors = zip(*CITYSCAPES.values(), strict=True)
-    return Layout(root, list(names), list(colors), *splits, lookup)
+    return _data(root, list(names), list(colors), *splits, lookup)
 
 
 def _pair(image: Path, mask: Path) -> Pair:
     return str(image), str(mask) if mask.is_file() else None
 
 
-def _lookup(num_classes: int) -> np.ndarray:
-    lookup = np.full(256, BAD, np.uint8)
-    lookup[:num_classes] = range(num_classes)
-    lookup[VOID] = VOID
-    return lookup
+def _data(
+    root: Path,
+    classes: list[str],
+    colors: list[tuple[int, int, int]],
+    train: dict[str, Pair],
+    val: dict[str, Pair],
+    lookup: np.ndarray | None = None,
+) -> Data:
+    """The dataset with its pictures sorted by id; without a lookup, masks hold classes and void."""
+    if lookup is None:
+        lookup = np.full(256, BAD, np.uint8)
+        lookup[[*range(len(classes)), VOID]] = [*range(len(classes)), VOID]
+    train = {name: train[name] for name in sorted(train)}
+    return Data(root, classes, colors, train, [val[name] for name in sorted(val)], lookup)
 
 
 def voc_colors(count: int) -> list[tuple[int, int, int]]:

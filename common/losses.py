@@ -1,10 +1,13 @@
 """Supervised losses that no paper of ours claims. 255 is void everywhere."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.data import VOID
+VOID = 255  # the label of a pixel that does not count
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,13 +41,6 @@ def ohem_cross_entropy(
     return torch.where(kept, losses, 0.0).sum() / kept.sum().clamp(min=1)
 
 
-def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of regions, the mean over classes of the mean over a class's regions.
-
-    logits (B, S, C), labels (B, S), 255 unknown -> (). Nothing known: 0, with zero gradient.
-    """
-    known = labels != VOID
-    onehot = F.one_hot(labels.masked_fill(~known, 0), logits.shape[2]) * known[..., None]
-    losses = -(onehot * logits.float().log_softmax(dim=2)).sum(dim=(0, 1))  # (C,)
-    sizes = onehot.sum(dim=(0, 1))
-    return (losses / sizes.clamp(min=1)).sum() / (sizes > 0).sum().clamp(min=1)
+def supervised_criterion(ohem: bool, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What labels teach with: cross-entropy, or OHEM that keeps 50,000 pixels for each picture."""
+    return partial(ohem_cross_entropy, min_kept=50_000 * batch_size) if ohem else cross_entropy

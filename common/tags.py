@@ -1,10 +1,9 @@
 """Image-level tags: which classes a training picture shows, and nothing about where."""
 
-import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,31 +13,16 @@ from torch import Tensor
 
 from common.data import Data, layout
 from common.flags import InputError
-from common.layouts import BAD, VOID, Layout, read_lines, read_mask
+from common.layouts import BAD, read_lines, read_mask
+from common.losses import VOID
 
 BACKGROUNDS = ("background", "_background_", "ground")  # names of a class 0 that is no tag
 
 
-class Tagged(NamedTuple):
-    """A dataset with tags: `data.labeled` holds all N pictures to train on, masks for scoring."""
-
-    data: Data
-    names: list[str]  # N ids
-    tags: Tensor  # (N, K - 1) bool: the classes 1 to K - 1 that a picture shows
-
-    def summary(self) -> str:
-        """Counts, a hash of ids and tags that is equal on every machine, and the classes."""
-        rows = zip(self.names, self.tags.int().tolist(), strict=True)
-        digest = hashlib.sha256("\n".join(f"{name} {row}" for name, row in rows).encode())
-        return (
-            f"{len(self.names)} pictures with tags, {len(self.data.val)} validation pictures; tags "
-            f"{digest.hexdigest()[:12]}\n"
-            f"{len(self.data.classes)} classes: {', '.join(self.data.classes)}"
-        )
-
-
-def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
+def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
     """List a dataset's files and the tags of its training pictures; class 0 is background.
+
+    `labeled` holds all pictures to train on, those of `train`; their masks are for scoring alone.
 
     background: class names, separated by commas, that are merged into class 0; needed where class
     0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id,
@@ -47,7 +31,7 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
     background alone are left out. Raises InputError that names the file or flag.
     """
     found = merge_background(layout(dataset, data_path), background)
-    names, listed = sorted(found.train), found.root / "tags.txt"
+    names, listed = list(found.train), found.root / "tags.txt"
     if dataset != "shapes" and listed.is_file():
         shown = _read_tags(listed, found)
     elif dataset == "voc" and (found.root / "Annotations").is_dir():
@@ -62,24 +46,15 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Tagged:
     for index, name in enumerate(found.classes[1:], 1):
         if not any(index in classes for classes in shown.values()):
             raise InputError(f"{found.root}: no training picture shows the class {name}")
-    names = sorted(shown)
-    tags = torch.zeros(len(names), len(found.classes), dtype=torch.bool)
-    for row, name in zip(tags, names, strict=True):
+    train = {name: found.train[name] for name in sorted(shown)}
+    tags = torch.zeros(len(train), len(found.classes), dtype=torch.bool)
+    for row, name in zip(tags, train, strict=True):
         row[list(shown[name])] = True
-    data = Data(
-        classes=found.classes,
-        colors=found.colors,
-        labeled=[found.train[name] for name in names],
-        unlabeled=[],
-        val=[found.val[name] for name in sorted(found.val)],
-        root=str(found.root),
-        lookup=found.lookup,
-    )
-    return Tagged(data, names, tags[:, 1:])
+    return replace(found, train=train, labeled=list(train.values()), tags=tags[:, 1:])
 
 
-def merge_background(found: Layout, background: str) -> Layout:
-    """The layout with the named classes merged into a class 0 of the name "background"."""
+def merge_background(found: Data, background: str) -> Data:
+    """The dataset with the named classes merged into a class 0 of the name "background"."""
     names = [name.strip() for name in background.split(",") if name.strip()]
     if not names:
         if found.classes[0] not in BACKGROUNDS:
@@ -97,14 +72,15 @@ def merge_background(found: Layout, background: str) -> Layout:
     merged = np.zeros(256, np.uint8)
     merged[[BAD, VOID]] = BAD, VOID
     merged[kept] = range(1, len(kept) + 1)
-    return found._replace(
+    return replace(
+        found,
         classes=["background", *(found.classes[index] for index in kept)],
         colors=[(0, 0, 0), *(found.colors[index] for index in kept)],
         lookup=merged[found.lookup],
     )
 
 
-def _read_tags(path: Path, found: Layout) -> dict[str, set[int]]:
+def _read_tags(path: Path, found: Data) -> dict[str, set[int]]:
     """The classes of the pictures that a tags.txt lists; the others are not used."""
     files = {name + Path(image).suffix: name for name, (image, _) in found.train.items()}
     shown = {}
@@ -126,7 +102,7 @@ def _read_tags(path: Path, found: Layout) -> dict[str, set[int]]:
     return shown
 
 
-def _read_xml(found: Layout, name: str) -> set[int]:
+def _read_xml(found: Data, name: str) -> set[int]:
     """The classes of the objects in VOC's annotation of a picture."""
     path = found.root / "Annotations" / f"{name}.xml"
     try:
@@ -137,7 +113,7 @@ def _read_xml(found: Layout, name: str) -> set[int]:
     return {found.classes.index(tag) for tag in classes if tag in found.classes}
 
 
-def _classes_in_mask(found: Layout, name: str) -> set[int]:
+def _classes_in_mask(found: Data, name: str) -> set[int]:
     image, mask = found.train[name]
     if mask is None:
         raise InputError(f"{image}: has neither mask nor tags; write {found.root / 'tags.txt'}")

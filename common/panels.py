@@ -1,4 +1,4 @@
-"""Predictions as pictures, in the dataset's colours."""
+"""Pictures of a run: what a network makes of some pictures, in the dataset's colours."""
 
 from pathlib import Path
 

@@ -1,0 +1,108 @@
+"""The device and the processes of a run."""
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.flags import InputError
+
+
+def find_device(name: str) -> torch.device:
+    """The device that --device names, one of its own for each process; InputError without it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name}: no Metal device here; use --device cpu")
+    if device.type == "cuda":
+        count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if processes > count:
+            raise InputError(f"--device {name}: start at most {count} processes, one a GPU")
+        if processes > 1 and device.index is not None:
+            raise InputError(f"--device {name}: every process takes a GPU of its own; use cuda")
+        if index >= count:
+            raise InputError(f"--device {name}: the GPUs are cuda:0 to cuda:{count - 1}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """This process's rank and the number of processes, whose group is made where there are many."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def in_all_processes(work: Callable[[], Any]) -> Any:
+    """Call `work` in this process; an InputError of one process is raised in all of them."""
+    result, error = None, None
+    try:
+        result = work()
+    except InputError as caught:
+        error = caught
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else str(error))
+        message = next((text for text in errors if text is not None), None)
+        error = None if message is None else InputError(message)
+    if error is not None:
+        raise error
+    return result
+
+
+def wrap(network: nn.Module, device: torch.device, find_unused: bool = False) -> nn.Module:
+    """Move a network to the device; with several processes, synchronise its gradients.
+
+    Only passes through the returned module's `forward` are synchronised. BatchNorm sees all
+    processes' pictures on GPUs; SyncBatchNorm refuses CPU tensors, so on CPUs each process keeps
+    its own statistics until `average_buffers`. find_unused: not every pass uses all parameters;
+    those left out keep their gradient, None or not.
+    """
+    network.to(device, memory_format=torch.channels_last)
+    if not dist.is_initialized():
+        return network
+    if device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # Two forwards before one backward forbid broadcasting the buffers in between. Newer PyTorch
+    # has another name for the flag, and warns at the old one.
+    accepted = inspect.signature(DistributedDataParallel).parameters
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    options = {new if new in accepted else old: False, "find_unused_parameters": find_unused}
+    return DistributedDataParallel(network, **options)
+
+
+def average_buffers(networks: nn.Module) -> None:
+    """One set of BatchNorm statistics for all processes, where they kept their own."""
+    for module in networks.modules() if dist.is_initialized() else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for statistic in (module.running_mean, module.running_var):
+                dist.all_reduce(statistic)
+                statistic /= dist.get_world_size()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """(N, ...) of each process -> (processes x N, ...) in all of them, constant.
+
+    N and the other sizes must be equal in all processes.
+    """
+    tensor = tensor.detach().contiguous()
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)

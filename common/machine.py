@@ -65,25 +65,41 @@ def in_all_processes(work: Callable[[], Any]) -> Any:
     return result
 
 
-def wrap(network: nn.Module, device: torch.device, find_unused: bool = False) -> nn.Module:
-    """Move a network to the device; with several processes, synchronise its gradients.
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network on the device; with several GPUs, BatchNorm sees the pictures of all.
 
-    Only passes through the returned module's `forward` are synchronised. BatchNorm sees all
-    processes' pictures on GPUs; SyncBatchNorm refuses CPU tensors, so on CPUs each process keeps
-    its own statistics until `average_buffers`. find_unused: not every pass uses all parameters;
-    those left out keep their gradient, None or not.
+    SyncBatchNorm refuses CPU tensors: on CPUs each process keeps its own statistics until
+    `average_buffers`.
     """
     network.to(device, memory_format=torch.channels_last)
+    if dist.is_initialized() and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
+def wrap(network: nn.Module, device: torch.device, find_unused: bool = False) -> nn.Module:
+    """`place`, and with several processes the mean of their gradients.
+
+    Only passes through the returned module's `forward` are averaged. find_unused: a pass may leave
+    parameters out; where all processes do, they get no gradient.
+    """
+    network = place(network, device)
     if not dist.is_initialized():
         return network
-    if device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     # Two forwards before one backward forbid broadcasting the buffers in between. Newer PyTorch
     # has another name for the flag, and warns at the old one.
     accepted = inspect.signature(DistributedDataParallel).parameters
     new, old = "forward_sync_buffers", "broadcast_buffers"
     options = {new if new in accepted else old: False, "find_unused_parameters": find_unused}
     return DistributedDataParallel(network, **options)
+
+
+def average_gradients(networks: nn.Module) -> None:
+    """The mean over processes, for networks that are not wrapped."""
+    for weight in networks.parameters() if dist.is_initialized() else ():
+        if weight.grad is not None:
+            dist.all_reduce(weight.grad)
+            weight.grad /= dist.get_world_size()
 
 
 def average_buffers(networks: nn.Module) -> None:

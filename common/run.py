@@ -69,6 +69,7 @@ class Run:
 
     gather = staticmethod(machine.gather)
     average_buffers = staticmethod(machine.average_buffers)
+    average_gradients = staticmethod(machine.average_gradients)
 
     def __init__(self, script: str, cfg: RunConfig, total: int | None = None):
         """total: the steps of all stages, for a script that has several; --iters when None."""
@@ -100,8 +101,12 @@ class Run:
         self.print(data.summary())
         return data
 
+    def place(self, network: nn.Module) -> nn.Module:
+        """The network on the run's device: machine.place."""
+        return machine.place(network, self.device)
+
     def wrap(self, network: nn.Module, find_unused: bool = False) -> nn.Module:
-        """The network on the run's device, its gradients shared by all processes: machine.wrap."""
+        """The same for one that learns, with the gradients of all processes: machine.wrap."""
         return machine.wrap(network, self.device, find_unused)
 
     def start(self, data: Data, model: list[nn.Module], **state: Any) -> None:

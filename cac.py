@@ -11,79 +11,46 @@ itself. A contrastive loss moves it, which also pushes it away from pixels of ot
 both crops, the whole batch and the last steps. Classes are pseudo labels, the network's own.
 
 Where to find it
-    Eq. (1)        contrastive loss of one direction, r = exp(cos / τ)    InfoNCE
-    Eq. (2)        direction: the less confident feature learns           active_anchors
-    Eq. (3)        both directions: l_dc(o1, o2) + l_dc(o2, o1)           train
-    Eq. (4)        pseudo labels                                          ContrastiveNet.features
-    Eq. (5)        negatives of the anchor's own class do not count       InfoNCE
-    Eqs. (6), (7)  targets whose confidence is not above γ do not teach   active_anchors
-    Total          L = L_ce + λ L_dc                                      train
-    The mean over anchors                              directional_contrastive_loss
+    Eq. (1)    contrastive loss of an anchor, r = exp(cos / τ)        info_nce
+    Eq. (2)    direction: the less confident feature learns           active_anchors
+    Eq. (3)    both directions: l_dc(o1, o2) + l_dc(o2, o1)           train
+    Eq. (4)    pseudo labels                                          ContrastiveNet.features
+    Eq. (5)    negatives of the anchor's own class do not count       info_nce
+    Eq. (6)    the loss of one direction, masked                      directional_contrastive_loss
+    Eq. (7)    targets whose confidence is not above γ do not teach   active_anchors
+    Total      L = L_ce + λ L_dc                                      train
     The two crops, their overlap cell by cell          pair_view, overlapping_crops, counterparts
     F_u, the negatives of both crops, the batch, all processes and the last steps      Bank, train
 
-Differences from the paper (P) and from the released code (C). We had C and P's equations and
-tables, but not P's running text, and follow C where nothing is said.
-    1.  N of Eq. (1) is the number of anchors that learn, in each process and direction, as in C; in
-        P, as far as we could tell, that of all pixels in the overlap.
-    2.  The loss is exact. C adds 1e-8 to the denominator and inside the logarithm, which caps a
-        pixel's loss at 18.4 and can make it positive where there are no negatives (here it is 0),
-        and 1e-12 to N.
-    3.  Where the two crops disagree on a pixel's class, its target is among the negatives too, as
-        in C; P does not say. Without the class filter it always is, and so is the anchor itself.
-    4.  Confidence and pseudo labels are those of the features' own pass, in training mode with
-        dropout, at stride 8, as in C. Labelled pictures and the two crops take a pass each, so that
-        BatchNorm sees them apart; its running statistics move three times a step, in the warm-up
-        once.
-    5.  All cells of both crops are negatives, padding's too. C draws a number of them, which in its
-        configurations is all. `--bank` is C's `step_save`, the steps before this one; C loses them
-        when a run is resumed.
-    6.  Targets and negatives are detached. In C negatives are constant only because gathering them
-        from all GPUs passes no gradient.
-    7.  Two aligned cells do not see quite the same pixels, as in C: crops are moved by 8 pixels,
-        the backbone's stride is 16. Upsampling here does not align corners; in C it does, which
-        adds a drift of up to three cells at stride 4.
-    8.  Labelled pictures are augmented anew each time; C stores its batches and replays them.
-    9.  Resizing is bilinear without antialiasing; C's is Pillow's bicubic, which smooths where it
-        shrinks. Labelled crops are padded on all sides, in C at the bottom and the right, as crop
-        pairs are here too.
-    10. The warm-up is a share of --iters: 5 of C's 80 epochs of 1,157 steps. Passes over the
-        unlabelled pictures begin after it; in C, at the start.
-    11. The last checkpoint counts; C keeps the best of 80 on the validation set. Pictures are
-        evaluated at their own size; C pads them by reflection to multiples of 8. Classes that never
-        occur are left out of the mean.
-    12. `--labeled 1/r` is every r-th of the sorted ids. C has random lists: `--labeled LIST` takes
-        those for VOC, and of those for Cityscapes the pictures, whose masks have other values.
-    13. bf16 autocast on GPUs, of which confidence and Φ are part; C is in float32. The contrastive
-        loss is in float32 here too.
-    14. Left out: the extension to image-level labels (not in C either), PSPNet, and Table 3's
-        distance loss without negatives.
-    15. `--strength` scales the crop pairs' photometry: ours, for short runs on small pictures.
-    Table 3's ablations: --no-projector, --no-context, --no-directed, --no-class-filter, --gamma 0.
+Differences from the paper (P) and the released code (C) stand at their lines: `grep Δ cac.py`. We
+had C and P's equations and tables, not its text. What changes results most:
+    1. The mean is over the anchors that learn, as in C; P's over all of a picture's overlap
+       (`--mean-over overlap`), whose gradient is far smaller where few cells are confident.
+    2. The loss is exact; C adds 1e-8 inside the logarithm, which caps it at 18.4.
+    3. Labelled pictures are augmented anew each time; C stores its batches and replays them.
+Left out: image-level labels (not in C either), PSPNet, Table 3's row I (a distance, no negatives).
 
     python cac.py    # 54.2 mIoU, mean of three seeds (supervised 46.5); 6 minutes on two CPU cores
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
-from common.augment import MEAN, normalise, train_view, whole_view
-from common.data import check, load, training_loader, val_loader
+from common.augment import MEAN, normalise, train_view
 from common.deeplab import DeepLabV3Plus
-from common.flags import SemiConfig
+from common.flags import Count, Part, Positive, SemiConfig, Share, Span
 from common.losses import cross_entropy
-from common.metrics import evaluate, iou
 from common.optim import sgd_poly
-from common.predict import panels
 from common.run import InputError, Result, Run, main
 
 STRIDE = 8  # pixels: the side of a cell, for which there is one feature
@@ -92,33 +59,40 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 @dataclass
 class Config(SemiConfig):
-    """CAC's own settings, here those of the embedded dataset; RECIPES has the released ones."""
+    """CAC's own settings, here those of the embedded dataset; RECIPES has the released ones.
 
-    iters: int = 350  # optimisation steps, the warm-up's included
-    eval_every: int = 175  # steps between two evaluations, each of which writes last.pt
+    Table 3 leaves parts out: II --no-directed --no-class-filter --gamma 0, III --no-class-filter
+    --gamma 0, IV --gamma 0, V --no-directed, VI --no-context, VII --no-projector; VIII is all.
+    """
+
+    iters: Count = 350  # optimisation steps, the warm-up's included
+    eval_every: Count = 175  # steps between two evaluations, each of which writes last.pt
     weight_decay: float = 1e-4  # on all parameters, BatchNorm's and biases included
-    backbone_lr: float = 1.0  # the backbone's learning rate as a share of --lr: 0.1 released
+    backbone_lr: Share = 1.0  # the backbone's learning rate as a share of --lr: 0.1 released
     lam: float = 0.1  # λ, weight of the contrastive loss after the warm-up
-    tau: float = 0.1  # τ, temperature of Eq. (1)
-    gamma: float = 0.75  # γ of Eq. (6): confidence above which a target teaches; 0: all teach
-    warmup: float = 0.1  # share of the steps that are supervised, at the start
+    tau: Positive = 0.1  # τ, temperature of Eq. (1)
+    gamma: Share = 0.75  # γ of Eq. (7): confidence above which a target teaches; 0: all teach
+    warmup: Part = 0.1  # share of the steps that are supervised, at the start
     bank: int = 8  # earlier steps whose features are negatives too: 0 to 2 released
+    mean_over: Literal["active", "overlap"] = "active"  # N of Eq. (1): anchors that learn, or all
     projector: bool = True  # contrast Φ's features; if not, the decoder's
     context: bool = True  # two overlapping crops; if not, two views of one crop
     directed: bool = True  # Eq. (2): only the less confident of two features learns
     class_filter: bool = True  # Eq. (5): negatives are of another class than the anchor
-    base_size: int = 64  # pixels, near your pictures' long side: what the scales refer to
-    scales: tuple[float, ...] = (0.75, 1.25)  # smallest, largest long side for labelled crops
-    pair_scales: tuple[float, ...] = (0.8, 1.25)  # smallest, largest long side for crop pairs
-    strength: float = 0.2  # of the crop pairs' photometry: 1 released
+    base_size: Count = 64  # pixels, near your pictures' long side: what the scales refer to
+    scales: Span = (0.75, 1.25)  # smallest, largest long side for labelled crops
+    pair_scales: Span = (0.8, 1.25)  # smallest, largest long side for crop pairs
+    # Δ PC: milder colours, for short runs on small pictures that colour tells apart.
+    strength: Share = 0.2  # of the crop pairs' photometry: 1 released
     jitter: bool = False  # colour jitter of labelled crops: on Cityscapes
-    dropout: float = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 released
-    width: int = 64  # channels of ASPP and decoder: 256 released
+    dropout: Share = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 released
 
 
 # The released code's values. 80 epochs of 1,157 steps, whatever the labelled share; the first 5 are
 # the warm-up. 8 + 8 pictures a step, as 4 + 4 on each of 2 GPUs (VOC), 2 + 2 on each of 4
 # (Cityscapes).
+# Δ C: `1/8` is every eighth of the sorted ids. C has random lists: `--labeled LIST` takes those for
+# VOC, and of those for Cityscapes the pictures, whose masks have other values.
 RELEASED = dict(
     dataset="voc",
     labeled="1/8",
@@ -152,57 +126,32 @@ RECIPES = {
 # --- the method (Sec. 3) ---
 
 
-class InfoNCE(torch.autograd.Function):
-    """Eq. (1) before the mean: -log(r(a, p) / (r(a, p) + sum over n of M r(a, n))) of each anchor.
+def info_nce(
+    anchor: Tensor,
+    target: Tensor,
+    labels: Tensor,
+    negatives: Tensor,
+    negative_labels: Tensor,
+    tau: float = 0.1,
+) -> Tensor:
+    """Eq. (1) of each anchor: -log(r(a, p) / (r(a, p) + sum over n of r(a, n))), r = exp(cos / τ).
 
-    r(a, b) = exp(a b / τ); M = 0 where anchor and negative share a class, Eq. (5). Negatives come
-    in chunks, and the matrix of a chunk is gone before the next: the backward pass needs only the
-    gradient, (sum over n of q_n n + q_p p - p) / τ with q the softmax over positive and negatives,
-    whose sums the forward pass makes along the way. Anchors alone get it.
+    anchor, target (N, D), negatives (M, D) unit vectors; labels (N,), negative_labels (M,) -> (N,).
     """
-
-    @staticmethod
-    def forward(
-        ctx,
-        anchor: Tensor,
-        target: Tensor,
-        labels: Tensor | None,
-        negatives: Tensor,
-        negative_labels: Tensor,
-        tau: float,
-        chunk: int,
-    ) -> Tensor:
-        """anchor, target (N, D), labels (N,) or None, negatives (M, D), their labels -> (N,)."""
-        positive = (anchor * target).sum(dim=1) / tau  # (N,)
-        # Sums over what the softmax has seen, relative to exp(peak): of weights, and of features.
-        peak, mass, pull = positive, torch.ones_like(positive), target
-        for first in range(0, len(negatives), chunk):
-            part = negatives[first : first + chunk]
-            logits = (anchor @ part.T).div_(tau)  # (N, chunk)
-            if labels is not None:  # Eq. (5)
-                same = labels[:, None] == negative_labels[first : first + chunk]
-                logits.masked_fill_(same, -math.inf)
-                del same
-            higher = torch.maximum(peak, logits.amax(dim=1))
-            weights, shrink = logits.sub_(higher[:, None]).exp_(), (peak - higher).exp()
-            mass = mass * shrink + weights.sum(dim=1)
-            pull = pull * shrink[:, None] + weights @ part
-            peak = higher
-            del logits, weights  # before the next chunk's
-        ctx.save_for_backward((pull / mass[:, None] - target) / tau)
-        return peak + mass.log() - positive
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return grad[:, None] * gradient, None, None, None, None, None, None
+    positive = (anchor * target).sum(dim=1, keepdim=True)  # (N, 1)  cos(a, p)
+    negative = anchor @ negatives.T  # (N, M)  cos(a, n)
+    # The target is among the negatives too where the crops disagree on its class, as in C.
+    same = labels[:, None] == negative_labels  # M_n,1 = 0 there, Eq. (5)
+    cosines = torch.cat([positive, negative.masked_fill(same, -math.inf)], dim=1)
+    # Δ C: exact. There 1e-8 in the denominator and in the logarithm cap the loss at 18.4, and make
+    # it positive where there is no negative.
+    return -(cosines / tau).log_softmax(dim=1)[:, 0]
 
 
 def active_anchors(
     anchor_conf: Tensor, target_conf: Tensor, gamma: float = 0.75, directed: bool = True
 ) -> Tensor:
-    """M_d,pf, Eqs. (2), (6), (7): which anchors learn, (N,) bool.
+    """M_d,pf, Eqs. (2), (7): which anchors learn, (N,) bool.
 
     Those whose target is more confident than they, strictly, and more than γ.
     """
@@ -220,30 +169,41 @@ def directional_contrastive_loss(
     negative_labels: Tensor,
     tau: float = 0.1,
     gamma: float = 0.75,
-    chunk: int = 8192,
+    rows: int = 64,
     directed: bool = True,
     class_filter: bool = True,
+    mean_over: str = "active",
 ) -> Tensor:
-    """l_dc(anchor, target), Eqs. (1), (5), (7): one direction, mean over the anchors that learn.
+    """l_dc(anchor, target), Eq. (6): one direction, the mean of Eq. (1) over the anchors.
 
     anchor, target (N, D) unit vectors, index-aligned; their confidence and the anchors' pseudo
     labels (N,); negatives (M, D), negative_labels (M,) -> (). Only anchors get a gradient. 0, with
-    zero gradient, where no anchor learns. Always in float32 or float64.
+    zero gradient, where no anchor learns. Always in float32 or float64. mean_over: "active", the
+    anchors that learn, or "overlap", all N. rows: for how many anchors at a time the matrix of
+    cosines, rows x M, is held.
     """
+    if mean_over not in ("active", "overlap"):
+        raise ValueError(f'mean_over is "active" or "overlap", not {mean_over!r}')
     # How many learn decides the shapes below: here the host waits for the device.
     active = active_anchors(anchor_conf, target_conf, gamma, directed).nonzero()[:, 0]
     dtype = torch.promote_types(anchor.dtype, torch.float32)
+    labels = anchor_labels[active] if class_filter else torch.full_like(active, -1)  # no one's
+    # Δ C: targets and negatives are detached here; there, negatives are constant only because
+    # gathering them from all GPUs passes no gradient.
+    anchor, target = anchor[active].to(dtype), target.detach()[active].to(dtype)
+    negatives = negatives.detach().to(dtype)
+    # N x M is large: a slice of anchors at a time, its matrix made anew for the gradient.
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    slices = zip(anchor.split(rows), target.split(rows), labels.split(rows), strict=True)
     with torch.autocast(anchor.device.type, enabled=False):
-        losses = InfoNCE.apply(
-            anchor[active].to(dtype),
-            target.detach()[active].to(dtype),
-            anchor_labels[active] if class_filter else None,
-            negatives.detach().to(dtype),
-            negative_labels,
-            tau,
-            chunk,
-        )
-    return losses.sum() / max(len(active), 1)
+        losses = [
+            checkpoint(info_nce, *part, negatives, negative_labels, tau, **options)
+            for part in slices
+        ]
+    # Δ P: N is the number of anchors that learn, in a process's batch, as in C; in P it is that of
+    # all cells in a picture's overlap. "overlap" is P's, but of the batch's pictures together.
+    count = len(active) if mean_over == "active" else len(anchor_conf)
+    return torch.cat(losses).sum() / max(count, 1)
 
 
 class Features(NamedTuple):
@@ -269,21 +229,20 @@ class ContrastiveNet(nn.Module):
                 nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, 128, 1)
             )
 
-    def forward(
-        self, images: Tensor, crops: Sequence[Tensor] = ()
-    ) -> tuple[Tensor | Features, ...]:
-        """Logits (B, K, H, W) of labelled images, and the Features of each batch of crops."""
+    def forward(self, images: Tensor, *crops: Tensor) -> Tensor | tuple[Tensor | Features, ...]:
+        """Logits (B, K, H, W) of labelled images; with crops, the Features of each batch too.
+
+        A pass for each, as in C: BatchNorm sees labelled pictures and the two crops apart.
+        """
         logits = self.network(images)
-        if not crops:
-            # DistributedDataParallel waits for all gradients: that of Φ is zero here.
-            logits = logits + 0.0 * sum(weight.sum() for weight in self.projector.parameters())
-        return logits, *(self.features(crop) for crop in crops)
+        return (logits, *(self.features(crop) for crop in crops)) if crops else logits
 
     def features(self, images: Tensor) -> Features:
         """(B, 3, H, W) -> Features of B x H/8 x W/8 cells, row by row."""
         decoded = self.network.decode(self.network.encode(images))
         decoded = F.avg_pool2d(decoded, 2)  # (B, width, H/8, W/8)
-        # The classifier learns from labels alone; conf and pseudo labels are constants.
+        # The classifier learns from labels alone; conf and pseudo labels are constants. They come
+        # from the features' own pass, in training mode with dropout, as in C.
         with torch.no_grad():
             probs = self.network.classify(decoded).softmax(dim=1)
             conf, pseudo = probs.max(dim=1)  # (B, H/8, W/8) each  Eq. (4)
@@ -293,7 +252,10 @@ class ContrastiveNet(nn.Module):
 
 
 class Bank:
-    """F_u: the features of the last steps, which with the current ones are the negatives."""
+    """F_u: the features of the last steps, which with the current ones are the negatives.
+
+    All cells of both crops are, padding's too; C draws a number that in its settings is all.
+    """
 
     def __init__(self, steps: int):
         self.past = deque(maxlen=steps)
@@ -308,6 +270,7 @@ class Bank:
         self.past.append(current)
         return tuple(torch.cat(parts) for parts in zip(*everything, strict=True))
 
+    # Δ C: a resumed run has its bank; there, it begins with none.
     def state_dict(self) -> dict:
         return {"past": list(self.past)}
 
@@ -416,6 +379,7 @@ def labeled_view(
     change: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """A crop of a labelled picture (3, H, W) uint8, its photometry changed, and its label."""
+    # Δ C: padded on all sides; there at the bottom and the right, as crop pairs are here too.
     scale = draw_scale(image, base_size, scales)
     _, label, _, image = train_view(image, label, crop, (scale,), change)
     return image, label
@@ -434,6 +398,9 @@ def pair_view(
 
     Flip and photometry are each crop's own. No label is used.
     """
+    # The aligned cells do not see quite the same pixels, as in C: crops are moved by 8 pixels, the
+    # backbone's stride is 16, and its grid in a mirrored crop lies up to 14.6 pixels off.
+    # Δ C: resized bilinearly without antialiasing; there by Pillow's bicubic filter.
     scale = draw_scale(image, base_size, scales)
     height, width = (max(round(scale * side), 1) for side in image.shape[-2:])
     image = v2.functional.resize(image, [height, width], antialias=False)
@@ -457,26 +424,24 @@ def overlap(match: Tensor) -> tuple[Tensor, Tensor]:
     return inside.flatten().nonzero()[:, 0], (match + first)[inside]
 
 
+def shares(o1: Features, o2: Features, gamma: float) -> dict[str, Tensor]:
+    """Of the overlap's cells: those where a target teaches, those where the crops disagree."""
+    cells = max(len(o1.conf), 1)
+    taught = (torch.maximum(o1.conf, o2.conf) > gamma).sum() / cells
+    return dict(taught=taught, disagree=(o1.pseudo != o2.pseudo).sum() / cells)
+
+
 # --- training (Sec. 4) ---
 
 
 def check_flags(cfg: Config) -> None:
-    """Raise InputError for flags of this script that cannot be right."""
-    for name in ("gamma", "backbone_lr", "strength", "dropout"):
-        if getattr(cfg, name) > 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(cfg, name)}: must be between 0 and 1")
-    if cfg.warmup >= 1:
-        raise InputError(f"--warmup {cfg.warmup}: must be below 1, the share of the steps")
-    if not cfg.tau:
-        raise InputError(f"--tau {cfg.tau}: must be positive")
+    """Raise InputError for flags of this script that do not go together."""
     for name in ("scales", "pair_scales"):
-        scales, flag = getattr(cfg, name), name.replace("_", "-")
-        given = f"--{flag} {' '.join(map(str, scales))}"
-        if len(scales) != 2 or scales[0] > scales[1]:
-            raise InputError(f"{given}: must be two numbers, the smaller one first")
-        if scales[0] * cfg.base_size < STRIDE:
-            raise InputError(f"{given}: times --base-size {cfg.base_size} is under {STRIDE} pixels")
+        low, flag = getattr(cfg, name)[0], name.replace("_", "-")
+        if low * cfg.base_size < STRIDE:
+            raise InputError(
+                f"--{flag} {low}: times --base-size {cfg.base_size} is under {STRIDE} pixels"
+            )
 
 
 def train(cfg: Config) -> Result:
@@ -486,93 +451,70 @@ def train(cfg: Config) -> Result:
     """
     run = Run("cac", cfg)
     check_flags(cfg)
-    data = load(cfg.dataset, cfg.data_path, cfg.labeled, cfg.unlabeled, cfg.seed)
-    run.print(data.summary())
+    data = run.load()
 
-    num_classes = len(data.classes)
-    network = DeepLabV3Plus(
-        num_classes,
-        cfg.backbone,
-        cfg.weights,
-        cfg.width,
-        aspp_dropout=cfg.dropout,
-        decoder_dropout=cfg.dropout,
-        classifier_dropout=cfg.dropout / 5,
-    )
-    check(data, run.rank, run.world)
+    build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
+    network = build(cfg.dropout, cfg.dropout, classifier_dropout=cfg.dropout / 5)
     net = ContrastiveNet(network, cfg.width, cfg.projector and not cfg.supervised_only)
-    trained, bank = run.wrap(net), Bank(cfg.bank)
+    trained = run.wrap(net, find_unused=True)  # in the warm-up Φ is
+    bank = Bank(cfg.bank)
     head = nn.ModuleList(part for part in network.children() if part is not network.backbone)
     head.append(net.projector)
     parts, options = [network.backbone, head], dict(shares=[cfg.backbone_lr, 1.0], decay_all=True)
     optimizer, schedule = sgd_poly(parts, cfg.lr, cfg.weight_decay, cfg.iters, **options)
     state = dict(network=net, optimizer=optimizer, schedule=schedule, bank=bank)
-    run.start([network], data, state)
+    run.start(data, [network], **state)
 
-    warmup = cfg.iters if cfg.supervised_only else round(cfg.warmup * cfg.iters)
     size = dict(crop=cfg.crop_size, base_size=cfg.base_size)
     change_l, change_u = jitter() if cfg.jitter else v2.Identity(), photometry(cfg.strength)
     view_l = partial(labeled_view, **size, scales=cfg.scales, change=change_l)
     view_u = partial(pair_view, **size, scales=cfg.pair_scales, change=change_u)
     if not cfg.context:  # only a box on top of the first has this: after all tries it is taken
         view_u = partial(view_u, min_iou=1.0)
-    batches_l = iter(training_loader(data, "labeled", view_l, **run.drawing))
-    # The passes over the unlabelled pictures begin when the warm-up is over.
-    drawing_u = run.drawing | {"steps": range(max(run.first - warmup, 0), cfg.iters - warmup)}
-    if not cfg.supervised_only:
-        batches_u = iter(training_loader(data, "unlabeled", view_u, **drawing_u))
-    val = val_loader(data, whole_view, **run.loading)
-
+    warmup = cfg.iters if cfg.supervised_only else round(cfg.warmup * cfg.iters)
+    batches_l = run.batches("labeled", view_l)
+    # Δ C: passes over the unlabelled pictures begin after the warm-up; there, at the start.
+    batches_u = run.batches("unlabeled", view_u, begin=warmup)
     contrast = partial(
         directional_contrastive_loss,
         tau=cfg.tau,
         gamma=cfg.gamma,
         directed=cfg.directed,
         class_filter=cfg.class_filter,
+        mean_over=cfg.mean_over,
     )
 
     for step in run.loop():
+        # Δ C: labelled pictures are augmented anew each time; there, batches are replayed.
         images_l, labels_l = run.to_device(next(batches_l))
-        semi, crops = step >= warmup, []
-        if semi:
-            *crops, match = next(batches_u)
+        others = {}
+        if step < warmup:
+            with run.autocast():
+                loss = loss_sup = cross_entropy(trained(images_l), labels_l)  # L_ce
+        else:
+            crop1, crop2, match = next(batches_u)
             # Indices of the host's copy: those of the device's would have to be waited for.
-            cells1, cells2 = run.to_device(overlap(match))
-            crops = run.to_device(crops)
-        with run.autocast():
-            # logits (B, K, H, W); of each crop, the features of B x H/8 x W/8 cells
-            logits_l, *pair = trained(images_l, crops)
-            loss = loss_sup = cross_entropy(logits_l, labels_l)  # L_ce
-            if semi:
-                phi, _, pseudo = (torch.cat(values) for values in zip(*pair, strict=True))
-                negatives = bank.extended(
-                    run.gather(phi), run.gather(pseudo)
-                )  # F_u and its classes
-                o1, o2 = pair[0].at(cells1), pair[1].at(cells2)  # the overlap
-                loss_12 = contrast(o1.phi, o2.phi, o1.conf, o2.conf, o1.pseudo, *negatives)
-                loss_21 = contrast(o2.phi, o1.phi, o2.conf, o1.conf, o2.pseudo, *negatives)
-                loss_dc = loss_12 + loss_21  # Eq. (3)
+            cells1, cells2 = run.to_device(overlap(match))  # the same places in both crops
+            crop1, crop2 = run.to_device([crop1, crop2])
+            with run.autocast():
+                logits_l, u1, u2 = trained(images_l, crop1, crop2)
+                loss_sup = cross_entropy(logits_l, labels_l)  # L_ce
+                phi = run.gather(torch.cat([u1.phi, u2.phi]))
+                pseudo = run.gather(torch.cat([u1.pseudo, u2.pseudo]))
+                negatives, classes = bank.extended(phi, pseudo)  # F_u
+                o1, o2 = u1.at(cells1), u2.at(cells2)
+                loss_12 = contrast(o1.phi, o2.phi, o1.conf, o2.conf, o1.pseudo, negatives, classes)
+                loss_21 = contrast(o2.phi, o1.phi, o2.conf, o1.conf, o2.pseudo, negatives, classes)
+                loss_dc = loss_12 + loss_21  # L_dc, Eq. (3)
                 loss = loss_sup + cfg.lam * loss_dc  # L
-                cells = max(len(cells1), 1)
-                taught = (torch.maximum(o1.conf, o2.conf) > cfg.gamma).sum() / cells
-                disagree = (o1.pseudo != o2.pseudo).sum() / cells
+            others = dict(loss_dc=loss_dc, **shares(o1, o2, cfg.gamma))
 
         optimizer.zero_grad()
         loss.backward()
-        if not semi:  # DDP needed Φ's zero gradient; for SGD it would mean decay, which C has not
-            net.projector.zero_grad()
         optimizer.step()
         schedule.step()
-        others = dict(loss_dc=loss_dc, taught=taught, disagree=disagree) if semi else {}
         run.log(step, loss_sup=loss_sup, **others)
-        if run.due(step):
-            run.average_buffers(network)
-            with run.autocast():
-                ious = iou(evaluate(network, val, num_classes, run.device))
-            run.record(step, ious)
-
-    if run.rank == 0:
-        panels(network, data, run.folder / "panels.png", run.device)
+        run.evaluate(step)
     return run.finish()
 
 

@@ -132,6 +132,9 @@ def cps_loss(
     255 where a pixel does not count; the argmax of the logits when None. One mean over all pixels
     given.
     """
+    # Δ P: given labelled and unlabelled pictures together, as without CutMix, one mean over both is
+    # half of P's sum of two means, L_cps^l + L_cps^u; it is C's, to which the published λ belong.
+    # With CutMix the mixed unlabelled pictures are given alone, as in C; P has both terms.
     # argmax passes no gradient back: a pseudo label is a constant target, as in the paper.
     pseudo1 = logits1.argmax(dim=1) if pseudo1 is None else pseudo1  # (B, H, W)  Y1
     pseudo2 = logits2.argmax(dim=1) if pseudo2 is None else pseudo2  # (B, H, W)  Y2
@@ -149,6 +152,9 @@ def predict(networks: nn.ModuleList | list[nn.Module], images: Tensor) -> list[T
 
 def labels_of(logits: Tensor, valid: Tensor) -> Tensor:
     """The pseudo labels (B, H, W) that logits (B, K, H, W) stand for, void where not valid."""
+    # Void pixels of a labelled picture get pseudo labels, as in C.
+    # Δ C: padding of a crop does not, unless --count-padding, which PAPER sets. C divides L_cps by
+    # all pixels: on VOC, without padding, λ = 1 acts like 1.43 there.
     return logits.argmax(dim=1).masked_fill(~valid, VOID)
 
 
@@ -191,6 +197,7 @@ def mean_teacher_loss(
     pixels out. The loss is weighted with the share of pixels where the teacher is at least as
     confident as `conf`.
     """
+    # Δ P: teacher and student see the same view, as in C; P draws one for each.
     teacher_probs = teacher_logits.softmax(dim=1).detach()
     distance = (logits.softmax(dim=1) - teacher_probs).square().sum(dim=1)  # (B, H, W)
     confident = (teacher_probs.amax(dim=1) >= conf).float()
@@ -210,6 +217,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
     The teacher's BatchNorm keeps its own running statistics, as in C.
     """
+    # Δ C: after the student's step; there, before it.
     for averaged, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
         averaged.lerp_(parameter, 1 - decay)
 
@@ -276,27 +284,22 @@ def train(cfg: Config) -> Result:
 
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
     view_u = partial(view, strong=photometry()) if kind == "pseudoseg" else view
+    # Δ C: CutMix mixes different pictures, of one batch. C takes partners from a second sampler,
+    # which runs in step with the first and gives two views of one picture.
     batches_l, batches_u = run.batches("labeled", view), run.batches("unlabeled", view_u)
     criterion = supervised_criterion(cfg.ohem, cfg.batch_size)
+    supervise = partial(supervised_loss, criterion=criterion) if twins else criterion
     lam = weight(cfg, len(data.classes))
 
     for step in run.loop():
         images_l, labels_l, valid_l = run.to_device(next(batches_l))
         with run.autocast():
             logits_l = [network(images_l) for network in trained]  # (B, K, H, W)  Eqs. (1), (2)
-            if twins:
-                loss_sup = supervised_loss(*logits_l, labels_l, criterion)  # L_s, Eq. (3)
-            else:
-                loss_sup = criterion(*logits_l, labels_l)
-            loss, loss_cps = loss_sup, 0.0
-
+            loss = loss_sup = supervise(*logits_l, labels_l)  # L_s, Eq. (3)
+            loss_cps = 0.0
             if semi:
                 images_u, _, valid, *strong_u = run.to_device(next(batches_u))
-                if cfg.cutmix:
-                    # Each network labels the uncut pictures; labels are then cut as pictures are.
-                    # Δ C: the partner is another picture of the batch. C draws partners from a
-                    # second sampler, which runs in step with the first and gives the same picture.
-                    # Δ P: no labelled term here, as in C.
+                if cfg.cutmix:  # the uncut pictures are labelled; labels are cut as pictures are
                     masks = cutmix_masks(*valid.shape, device=run.device)
                     teaching = [mix(logits, masks) for logits in predict(teachers, images_u)]
                     logits = [network(mix(images_u, masks)) for network in trained]
@@ -304,21 +307,16 @@ def train(cfg: Config) -> Result:
                 elif kind == "pseudoseg":  # Fig. 1(d): a weak view labels a strong one
                     teaching = predict(teachers, images_u)
                     logits = [network(*strong_u) for network in trained]
-                else:
-                    # L_cps^l + L_cps^u.
-                    # Δ P: one mean over the pixels of both sets, as in C, where P adds two means:
-                    # half of P's weight for the unlabelled one. The published λ are C's.
+                else:  # L_cps^l + L_cps^u, as one mean over the pixels of both
                     logits = join(logits_l, [network(images_u) for network in trained])
                     teaching, valid = logits, torch.cat([valid_l, valid])
                     if averaged:
-                        # Δ P: the teacher sees the student's view, as in C; P draws one for each.
-                        both = predict(teachers, images_l), predict(teachers, images_u)
-                        teaching = join(*both)
+                        teaching = join(predict(teachers, images_l), predict(teachers, images_u))
                 if cfg.count_padding:
                     valid = torch.ones_like(valid)
                 if kind == "cps":
-                    pseudo = [labels_of(teach, valid) for teach in teaching]  # Y1, Y2
-                    loss_cps = cps_loss(*logits, *pseudo)  # L_cps, Eq. (4)
+                    pseudo1, pseudo2 = (labels_of(logits, valid) for logits in teaching)  # Y1, Y2
+                    loss_cps = cps_loss(*logits, pseudo1, pseudo2)  # L_cps, Eq. (4)
                 else:
                     loss_cps = discussion_loss(kind, logits, teaching, valid, cfg.cutmix)
                 ramp = min(1.0, (step + 1) / max(cfg.ramp * cfg.iters, 1))
@@ -329,7 +327,6 @@ def train(cfg: Config) -> Result:
         optimizer.step()
         schedule.step()
         if averaged:
-            # Δ C: after the step; there, before it.
             ema_update(teachers[0], networks[0], cfg.ema_decay)
         run.log(step, loss_sup=loss_sup, loss_unsup=loss_cps)
         run.evaluate(step)

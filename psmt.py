@@ -156,6 +156,7 @@ def conf_ce_loss(
     the teachers, y its class, and m = 1 where c >= threshold. valid (B, H, W) bool leaves padding
     out. Where no pixel passes it is 0, with zero gradient.
     """
+    # Δ C: padding of a crop does not teach, unless --count-padding.
     # Δ P: a mean over the pixels that pass, as in C; by what P divides we could not check.
     # Δ P: a pixel of confidence τ passes, as in C; in P those above it.
     # Δ C: where no pixel passes, C's loss for VOC has no gradient at all, and several GPUs hang.
@@ -340,6 +341,8 @@ def train(cfg: Config) -> Result:
     own = cfg.teachers == "own" and not cfg.supervised_only
     if not cfg.supervised_only:
         teachers = [run.place(build()) if own else deepcopy(student) for _ in range(2)]
+    # Δ C: the plain mean, as in P. C takes the teacher that is not being updated and, outside its
+    # seven highest classes at a pixel, puts the other's logits first.
     ensemble = Ensemble(teachers)
     named = dict(zip(("student", "teacher1", "teacher2"), [student, *teachers], strict=False))
     # The learning rate is constant in the warm-up, as in C, and falls after it.
@@ -350,10 +353,13 @@ def train(cfg: Config) -> Result:
     # Δ C: the mean of the teachers, as in P; for Cityscapes C takes teacher 1 alone.
     run.start(data, teachers or [student], **everything)
 
+    # Δ C: labelled pictures are augmented anew each time; C replays its first pass over them.
     view = partial(views, crop=cfg.crop_size, scales=cfg.scales, strong=photometry(cfg.strength))
     batches_l = run.batches("labeled", view)
     batches_u = run.batches("unlabeled", view, begin=warmup)
     criterion = supervised_criterion(cfg.ohem, cfg.batch_size)
+    # Δ C: a picture's partner is another one, the same for all its boxes, which cancel where they
+    # overlap; in C it may be the picture itself, and each box has its own.
     masks_of = box_masks if cfg.cutmix == "box" else cutmix_masks
     # Steps after which the other teacher follows: a pass over the unlabelled pictures.
     # Δ C: or a twelfth of λ's rise, where that is shorter. In C it is the same, for the rise takes
@@ -363,18 +369,15 @@ def train(cfg: Config) -> Result:
     turn = max(min(turn, round(rise / 12)) if rise else turn, 1)
 
     def noise(encoded: Tensor) -> Tensor:
-        """r_adv of the student's features z."""
-        with evaluating(ensemble):  # as in C: running statistics, which stay as they are
+        """r_adv, from the student's features z. Labelled pictures get it too, as in C."""
+        with evaluating(ensemble):  # running statistics, as in C, which stay as they are
             return t_vat(encoded, *map(decoder, teachers), eps=cfg.eps, size=(cfg.crop_size,) * 2)
 
     for step in run.loop():
-        # Δ C: labelled pictures are augmented anew each time; C replays its first pass over them.
         weak_l, labels_l, _, strong_l = run.to_device(next(batches_l))
-        semi = bool(teachers) and step >= warmup
-        # Labelled pictures are perturbed too, as in C; what we have of P does not say.
+        semi = bool(teachers) and step >= warmup  # until then, and in the baseline, labels alone
         perturb = noise if semi and cfg.eps else None
-        # From the warm-up's end on the teachers learn by averaging alone. They label in training
-        # mode, as in C: by the batch's own statistics, while their running ones move.
+        # Teachers label in training mode, as in C, which moves their running statistics.
         ensemble.requires_grad_(own and not semi).train(not (semi and cfg.pseudo_eval))
         with run.autocast():
             logits_l = trained(strong_l, perturb)  # decode(z + r_adv), z = encode(strong_l)
@@ -382,20 +385,15 @@ def train(cfg: Config) -> Result:
             loss_conf = lam = 0.0
             if semi:
                 weak_u, _, valid, strong_u = run.to_device(next(batches_u))
-                # Δ C: a plain mean, as in P. C takes the teacher that is not being updated and,
-                # outside its seven highest classes at a pixel, puts the other's logits first.
                 with torch.no_grad():
                     teacher_logits = ensemble(weak_u)  # (B, K, H, W)  Eq. (4)
                 if cfg.zoom:
                     strong_u, teacher_logits, valid = zoom(strong_u, teacher_logits, valid)
-                if cfg.cutmix != "off":
-                    # The teachers saw uncut pictures: their answers are cut as pictures are.
-                    # Δ C: the partner is another picture, the same for all boxes, which cancel
-                    # where they overlap; in C it may be the picture itself, one for each box.
+                if cfg.cutmix != "off":  # teachers saw uncut pictures; their answers are cut now
                     masks = masks_of(*valid.shape, device=run.device)
                     strong_u, teacher_logits = mix(strong_u, masks), mix(teacher_logits, masks)
                     valid = mix(valid, masks)
-                if cfg.count_padding:  # Δ C: padding does not teach, unless this is set
+                if cfg.count_padding:
                     valid = torch.ones_like(valid)
                 logits_u = trained(strong_u, perturb)  # (B, K, H, W)
                 loss_conf = conf_ce_loss(logits_u, teacher_logits, cfg.threshold, valid)  # L_conf
@@ -410,10 +408,11 @@ def train(cfg: Config) -> Result:
         optimizer.step()
         if step >= warmup:
             schedule.step()
+        # In the warm-up copies are the student; then one teacher follows it, the other waits.
+        active = (step - warmup) // turn % 2
         if semi:
-            active = (step - warmup) // turn % 2  # the teacher that follows now; the other waits
             ema_update(teachers[active], student, cfg.ema_decay)
-        elif not own:  # in the warm-up copies are the student
+        elif not own:
             for teacher in teachers:
                 ema_update(teacher, student, 0.0)
         run.log(step, loss_sup=loss_sup, loss_conf=loss_conf, lam=lam)

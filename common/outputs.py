@@ -42,6 +42,24 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt"))
 
 
+def open_folder(folder: Path, log: list[dict], settings: dict | None, again: bool) -> None:
+    """Make the folder, with `log.jsonl` of these lines, and `config.json` of a run that begins.
+
+    again: the run may have begun before; otherwise no second one may take the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings is not None:
+            if not again:  # two runs that start at once must not share a folder
+                (folder / "config.json").open("x").close()
+            replace_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        replace_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+    except FileExistsError as error:
+        raise InputError(f"--output-dir {folder}: another run just took it") from error
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: cannot be written ({error})") from error
+
+
 def read_log(path: Path) -> list[dict]:
     """The whole lines of a log; a killed run may have left the last one unfinished."""
     lines = []
@@ -51,6 +69,12 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def iou_table(classes: list[str], ious: list[float | None], mean: float) -> str:
+    """A line for each class, name and IoU in percent with a tab between, and one for the mean."""
+    shown = ["absent" if value is None else f"{100 * value:.2f}" for value in [*ious, mean]]
+    return "".join(f"{n}\t{v}\n" for n, v in zip([*classes, "mean"], shown, strict=True))
 
 
 def replace_file(path: Path, write: Callable[[Any], Any]) -> None:

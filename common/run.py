@@ -25,7 +25,15 @@ from common.data import Data, View, check, load, training_loader, val_loader
 from common.deeplab import Ensemble
 from common.flags import InputError, LoneError, RunConfig, SemiConfig, check_config, parse_config
 from common.metrics import evaluate, iou
-from common.outputs import choose_folder, plain, read_log, replace_file, replace_text
+from common.outputs import (
+    choose_folder,
+    iou_table,
+    open_folder,
+    plain,
+    read_log,
+    replace_file,
+    replace_text,
+)
 from common.panels import panels
 
 
@@ -88,9 +96,7 @@ class Run:
         torch.manual_seed(cfg.seed)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("first", "history", "miou", "best", "data", "model", "state", "val"):
-            raise RuntimeError(f"Run.{name} is known from Run.start on: call that first")
-        raise AttributeError(f"Run has no {name}")
+        raise AttributeError(f"Run.{name}: unknown, or not known before Run.start")
 
     # --- set-up ---
 
@@ -130,7 +136,12 @@ class Run:
         """
         steps = range(max(self.first - begin, 0), self.total - begin)
         how = dict(batch_size=self.cfg.batch_size, steps=steps, seed=self.cfg.seed, **self.loading)
-        return (batch for batch in training_loader(self.data, split, view, **how))
+        loader = training_loader(self.data, split, view, **how)
+
+        def started_late() -> Iterator[list[Tensor]]:
+            yield from loader
+
+        return started_late()
 
     def to_device(self, batch: list[Tensor]) -> list[Tensor]:
         """A loader's batch on the device, pictures (B, 3, H, W) in channels-last memory."""
@@ -237,14 +248,8 @@ class Run:
             return
         better = self.miou > self.best
         self.best = self.miou if better else self.best
-        rows = zip(self.data.classes, by_class, strict=True)
-        text = "".join(
-            f"{name}\t{'absent' if value is None else f'{100 * value:.2f}'}\n"
-            for name, value in rows
-        )
-        text += f"mean\t{100 * self.miou:.2f}\n"
         self._write_log(entry)  # first: a log line too many is cut when the run is resumed
-        replace_text(self.folder / "iou.txt", text)
+        replace_text(self.folder / "iou.txt", iou_table(self.data.classes, by_class, self.miou))
         self._write_checkpoints(done, ["best.pt"] * better + ["last.pt"])
         shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
         tqdm.write(f"step {done}/{self.total}  mIoU {100 * self.miou:.2f}{shown}")
@@ -274,27 +279,14 @@ class Run:
                 raise InputError(f"{self.folder}: must be on a disk that all machines share")
         if resumed:
             self._load()
-        # Lines after the checkpoint belong to steps that will be taken again.
         lines = read_log(self.folder / "log.jsonl") if resumed else []
-        lines = [line for line in lines if line["step"] <= self.first]
+        lines = [line for line in lines if line["step"] <= self.first]  # the others come again
         self.history = [
             {key: line[key] for key in line if key != "seconds"} for line in lines if "miou" in line
         ]
-        if self.rank:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resumed:
-                if not self.cfg.resume:  # two runs that start at once must not share a folder
-                    (self.folder / "config.json").open("x").close()
-                settings = json.dumps(asdict(self.cfg) | {"processes": self.world}, indent=2)
-                replace_text(self.folder / "config.json", settings + "\n")
-            log = "".join(json.dumps(line) + "\n" for line in lines)
-            replace_text(self.folder / "log.jsonl", log)
-        except FileExistsError as error:
-            raise InputError(f"--output-dir {self.folder}: another run just took it") from error
-        except OSError as error:
-            raise InputError(f"--output-dir {self.folder}: cannot be written ({error})") from error
+        if self.rank == 0:
+            settings = asdict(self.cfg) | {"processes": self.world}
+            open_folder(self.folder, lines, None if resumed else settings, self.cfg.resume)
 
     def _load(self) -> None:
         path = self.folder / "last.pt"

@@ -85,15 +85,15 @@ PAPER = dict(
     weight_decay=4e-4,
     lam_cutmix=1.0,
     ramp=0.0,
-    count_padding=True,
     scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0),
     width=256,
     workers=4,
 )
 FOLDER = dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval_every=2_000)
 VOC = dict(dataset="voc", labeled="1/8", crop_size=512, iters=39_680, eval_every=1_984)
+VOC |= dict(count_padding=True)
 CITYSCAPES = dict(dataset="cityscapes", labeled="1/8", crop_size=800, weight_decay=8e-4)
-CITYSCAPES |= dict(iters=44_625, eval_every=2_975, eval_window=800)
+CITYSCAPES |= dict(iters=44_625, eval_every=2_975, eval_window=800, count_padding=True)
 CITYSCAPES |= dict(lam=6.0, lam_cutmix=5.0, ohem=True)
 RECIPES = {
     "shapes": {},
@@ -153,7 +153,7 @@ def predict(networks: nn.ModuleList | list[nn.Module], images: Tensor) -> list[T
 def labels_of(logits: Tensor, valid: Tensor) -> Tensor:
     """The pseudo labels (B, H, W) that logits (B, K, H, W) stand for, void where not valid."""
     # Void pixels of a labelled picture get pseudo labels, as in C.
-    # Δ C: padding of a crop does not, unless --count-padding, which PAPER sets. C divides L_cps by
+    # Δ C: padding of a crop does not, unless --count-padding, as for VOC and Cityscapes. C divides L_cps by
     # all pixels: on VOC, without padding, λ = 1 acts like 1.43 there.
     return logits.argmax(dim=1).masked_fill(~valid, VOID)
 

@@ -153,8 +153,8 @@ def predict(networks: nn.ModuleList | list[nn.Module], images: Tensor) -> list[T
 def labels_of(logits: Tensor, valid: Tensor) -> Tensor:
     """The pseudo labels (B, H, W) that logits (B, K, H, W) stand for, void where not valid."""
     # Void pixels of a labelled picture get pseudo labels, as in C.
-    # Δ C: padding of a crop does not, unless --count-padding, as for VOC and Cityscapes. C divides L_cps by
-    # all pixels: on VOC, without padding, λ = 1 acts like 1.43 there.
+    # Δ C: padding of a crop does not, unless --count-padding, as in the paper's recipes. C
+    # divides L_cps by all pixels: on VOC, λ = 1 without padding acts like 1.43 there.
     return logits.argmax(dim=1).masked_fill(~valid, VOID)
 
 

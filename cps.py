@@ -4,29 +4,31 @@ Chen, Yuan, Zeng, Wang: Semi-Supervised Semantic Segmentation with Cross Pseudo 
 CVPR 2021, arXiv 2106.01226.
 
 Two networks of one architecture start from different random heads and see the same pictures. On
-labelled pictures both learn the truth. On all pictures each also learns the hard labels that the
-other predicts at that moment, with no threshold on confidence. A network taught by its own labels
-only grows surer of its errors; the other's errors differ, for it started elsewhere. So the two
-predictions are drawn together while unlabelled pictures become training data, and in the end the
-first network alone is the result.
+labelled pictures both learn the truth. On all pictures (with CutMix: on mixed unlabelled ones) each
+also learns the hard labels that the other predicts at that moment, with no threshold on confidence.
+A network taught by its own labels only grows surer of its errors; the other's errors differ, for it
+started elsewhere. So the two predictions are drawn together while unlabelled pictures become
+training data, and in the end the first network alone is the result.
 
 Where to find it
-    Eqs. (1), (2)  P1, P2, the networks' predictions            train; the losses hold the softmax
+    Eqs. (1), (2)  P1, P2, the networks' predictions            train; the losses apply the softmax
     Eq. (3)        L_s, both learn the truth                    supervised_loss
     Eq. (4)        L_cps^u, each learns the other's labels      cps_loss; L_cps^l has its form
     Eq. (5)        L = L_s + λ L_cps, L_cps = L_cps^l + L_cps^u train
-    CutMix         pseudo labels of two pictures, mixed         train, common.augment
+    CutMix         pseudo labels of two pictures, mixed         train; common.augment draws masks
     Discussions    cross probability consistency                cross_probability_loss
                    mean teacher                                 mean_teacher_loss, ema_update
                    single network, PseudoSeg                    discussion_loss
 
-What differs from the paper (P) or the released code (C) stands at its line: `grep Δ cps.py`. What
+Differences from the paper (P) and the released code (C) stand at their lines: `grep Δ cps.py`. What
 changes results most:
     1. L_cps is one mean over labelled and unlabelled pixels, as in C: half of P's sum of two means.
     2. With CutMix it is taken on the mixed unlabelled pictures alone, as in C.
     3. CutMix mixes different pictures; C, by accident, two views of one picture.
-    4. Rate and weight decay are those that C applies in effect, a quarter or less of the published.
-    5. λ rises from 0 in the toy's recipe, whose networks start from nothing: `--ramp`.
+    4. Rate and weight decay are those that C applies in effect: a rate of a quarter or less of the
+       published one, a decay of four or eight times.
+    5. For networks without pretrained weights λ rises from 0: `--ramp`.
+Left out: the recipes for few hundred labels (Table 5), HRNet, self-training.
 
     python cps.py    # 53.6 mIoU, mean of three seeds (supervised 44.3); 6 minutes on two CPU cores
 """
@@ -53,31 +55,34 @@ Supervision = Literal["cps", "prob_l2", "prob_kl", "mean_teacher", "single", "ps
 
 @dataclass
 class Config(SemiConfig):
-    """CPS's own settings, here those of the embedded dataset; RECIPES has the others."""
+    """CPS's own settings, here those of the embedded dataset; RECIPES has the others.
+
+    SemiConfig has the rest: 8 + 8 pictures a step, rate, steps, crop, backbone, labelled share.
+    """
 
     supervision: Supervision = "cps"  # beside the labels: CPS, or an alternative of the Discussions
     cutmix: bool = True  # teach on CutMix pictures; goes with cps, single and mean_teacher
     lam: float = 1.5  # λ of Eq. (5) without CutMix: 1.5 on VOC, 6 on Cityscapes
     lam_cutmix: float = 2.0  # λ with CutMix: 1 on VOC, 5 on Cityscapes; 2 here is ours
-    lam_mt: float = 100.0  # mean teacher's λ without CutMix, on a mean over pixels and classes
+    lam_mt: float = 100.0  # mean teacher's λ without CutMix, for a mean over pixels and classes
     lam_mt_cutmix: float = 1.0  # mean teacher's λ with CutMix: CutMix-Seg's
-    # Δ PC: λ is constant there. Networks that start from nothing teach each other noise at first.
-    ramp: Share = 0.15  # share of the steps over which λ rises from 0: 0 in the paper
-    count_padding: bool = False  # padding of a crop gets pseudo labels too, as in the released code
-    ema_decay: Share = 0.99  # of the mean teacher
+    # Δ PC: λ is constant in both. Networks without pretrained weights teach noise at first.
+    ramp: Share = 0.15  # share of the steps over which λ rises to its value: 0 in the paper
+    count_padding: bool = False  # padding of a crop gets pseudo labels and counts, as released
+    ema_decay: Share = 0.99  # of the mean teacher, as released
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of a training crop, one drawn for each
     ohem: bool = False  # L_s over the hard pixels only: on Cityscapes
 
 
-# Steps are of 8 + 8 pictures, as many for each labelled share: batch x steps are 60 epochs of all
-# 10,582 pictures at batch 16 on VOC, 240 of 2,975 on Cityscapes (C rounds its epochs to within 1 %
-# of it). On several GPUs --batch-size is a process's part of the 8.
-# Δ PC: C's gradients are divided by the number of processes once more than a mean takes, which for
-# SGD is a rate divided by it and a decay multiplied by it. Published are 0.01 with 4 processes on
-# VOC, 0.02 with 8 on Cityscapes (P: 0.04), and a decay of 1e-4 (P: 5e-4, its authors' typo). Hence
-# 0.01 / 4 = 0.02 / 8 = 0.0025, 4 x 1e-4 = 4e-4 and 8 x 1e-4 = 8e-4.
-# Δ P: the labelled pictures are every r-th of the sorted ids, which for VOC are C's lists; P says
-# that they are drawn at random.
+# A step sees 8 labelled and 8 unlabelled pictures; on several GPUs --batch-size is each process's
+# part of the 8, two or more. 16 x 39,680 pictures are 60 epochs of VOC's 10,582, 16 x 44,625 are
+# 240 of Cityscapes' 2,975. ResNet-101 takes the same settings: --backbone resnet101.
+# Δ C: as many steps for each labelled share; C's whole epochs are up to 1 % fewer.
+# Δ P: rate and decay are those that C applies in effect. It divides gradients by the number of
+# processes twice; once too often, for SGD, is the rate divided by that number and the decay
+# multiplied by it. C sets 0.01 on 4 processes for VOC, 0.02 on 8 for Cityscapes (P: 0.04), and a
+# decay of 1e-4 (P: 5e-4, by its authors' word a typo). Hence 0.01 / 4 = 0.02 / 8 = 0.0025, and
+# 4 x 1e-4 = 4e-4, 8 x 1e-4 = 8e-4.
 PAPER = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
@@ -89,18 +94,36 @@ PAPER = dict(
     width=256,
     workers=4,
 )
+VOC = PAPER | dict(
+    dataset="voc",
+    labeled="1/8",
+    crop_size=512,
+    iters=39_680,
+    eval_every=1_984,
+    count_padding=True,
+)
+CITYSCAPES = PAPER | dict(
+    dataset="cityscapes",
+    labeled="1/8",
+    crop_size=800,
+    iters=44_625,
+    eval_every=2_975,
+    eval_window=800,
+    count_padding=True,
+    weight_decay=8e-4,
+    lam=6.0,
+    lam_cutmix=5.0,
+    ohem=True,
+)
+# Ours: VOC's rate and λ, on crops and for a number of steps that suit small sets of one's own.
 FOLDER = dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval_every=2_000)
-VOC = dict(dataset="voc", labeled="1/8", crop_size=512, iters=39_680, eval_every=1_984)
-VOC |= dict(count_padding=True)
-CITYSCAPES = dict(dataset="cityscapes", labeled="1/8", crop_size=800, weight_decay=8e-4)
-CITYSCAPES |= dict(iters=44_625, eval_every=2_975, eval_window=800, count_padding=True)
-CITYSCAPES |= dict(lam=6.0, lam_cutmix=5.0, ohem=True)
 RECIPES = {
     "shapes": {},
     "folder": PAPER | FOLDER,
-    "voc": PAPER | VOC,
-    "cityscapes": PAPER | CITYSCAPES,
+    "voc": VOC,
+    "cityscapes": CITYSCAPES,
 }
+CONFIDENT = 0.97  # CutMix-Seg weighs its loss with the share of pixels of this confidence
 
 
 # --- the method (Sec. 3) ---
@@ -115,7 +138,7 @@ def supervised_loss(
     """L_s, Eq. (3): both networks learn the truth.
 
     logits1, logits2 (B, K, H, W), labels (B, H, W) with 255 void -> (). A sum over the networks,
-    each a mean over the pixels that are not void.
+    each a mean over the pixels that are not void; with OHEM as criterion, over the hard ones.
     """
     return criterion(logits1, labels) + criterion(logits2, labels)
 
@@ -126,15 +149,12 @@ def cps_loss(
     pseudo1: Tensor | None = None,
     pseudo2: Tensor | None = None,
 ) -> Tensor:
-    """L_cps, Eq. (4): each network learns the labels that the other one predicts.
+    """Eq. (4): each network learns the labels that the other one predicts.
 
     logits1, logits2 (B, K, H, W) -> (). pseudo1, pseudo2 (B, H, W): what networks 1 and 2 predict,
-    255 where a pixel does not count; the argmax of the logits when None. One mean over all pixels
-    given.
+    255 where a pixel does not count; the argmax of the logits when None. A sum over the networks,
+    each a mean over the pixels that count.
     """
-    # Δ P: given labelled and unlabelled pictures together, as without CutMix, one mean over both is
-    # half of P's sum of two means, L_cps^l + L_cps^u; it is C's, to which the published λ belong.
-    # With CutMix the mixed unlabelled pictures are given alone, as in C; P has both terms.
     # argmax passes no gradient back: a pseudo label is a constant target, as in the paper.
     pseudo1 = logits1.argmax(dim=1) if pseudo1 is None else pseudo1  # (B, H, W)  Y1
     pseudo2 = logits2.argmax(dim=1) if pseudo2 is None else pseudo2  # (B, H, W)  Y2
@@ -142,19 +162,16 @@ def cps_loss(
 
 
 @torch.no_grad()
-def predict(networks: nn.ModuleList | list[nn.Module], images: Tensor) -> list[Tensor]:
+def predict(networks: list[nn.Module], images: Tensor) -> list[Tensor]:
     """The logits (B, K, H, W) with which networks teach, constant.
 
-    In training mode, as in C: BatchNorm uses this batch's statistics, and its running ones move.
+    In training mode, as in C: BatchNorm uses this batch's statistics and updates its running ones.
     """
     return [network(images) for network in networks]
 
 
 def labels_of(logits: Tensor, valid: Tensor) -> Tensor:
-    """The pseudo labels (B, H, W) that logits (B, K, H, W) stand for, void where not valid."""
-    # Void pixels of a labelled picture get pseudo labels, as in C.
-    # Δ C: padding of a crop does not, unless --count-padding, as in the paper's recipes. C
-    # divides L_cps by all pixels: on VOC, λ = 1 without padding acts like 1.43 there.
+    """The labels (B, H, W) that logits (B, K, H, W) stand for, void where a pixel is not valid."""
     return logits.argmax(dim=1).masked_fill(~valid, VOID)
 
 
@@ -197,7 +214,6 @@ def mean_teacher_loss(
     pixels out. The loss is weighted with the share of pixels where the teacher is at least as
     confident as `conf`.
     """
-    # Δ P: teacher and student see the same view, as in C; P draws one for each.
     teacher_probs = teacher_logits.softmax(dim=1).detach()
     distance = (logits.softmax(dim=1) - teacher_probs).square().sum(dim=1)  # (B, H, W)
     confident = (teacher_probs.amax(dim=1) >= conf).float()
@@ -217,7 +233,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
     The teacher's BatchNorm keeps its own running statistics, as in C.
     """
-    # Δ C: after the student's step; there, before it.
+    # Δ C: after the student's step; there before it, between the teacher's two passes.
     for averaged, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
         averaged.lerp_(parameter, 1 - decay)
 
@@ -225,28 +241,20 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def discussion_loss(
     kind: str, logits: list[Tensor], teaching: list[Tensor], valid: Tensor, cutmix: bool
 ) -> Tensor:
-    """The alternative `kind` to Eq. (4): logits (B, K, H, W) learn from teaching, of each network.
+    """The alternative `kind` to Eq. (4).
 
-    Δ P: for all but the mean teacher we found no weight: they take λ.
+    logits, teaching: (B, K, H, W) for each network that learns, for each one that teaches.
     """
     if kind in ("prob_l2", "prob_kl"):
         return cross_probability_loss(*logits, kind.removeprefix("prob_"), valid)
+    (student,), (teacher,) = logits, teaching  # one network learns, and one teaches
     if kind == "mean_teacher":
-        # With CutMix: in the manner of CutMix-Seg (French et al., BMVC 2020), whose loss weighs
-        # the share of pixels of confidence 0.97.
-        # Δ PC: CutMix-Seg has other masks (one box of half the area), labels in eval mode, and
-        # averages the teacher's running statistics too.
-        return mean_teacher_loss(*logits, *teaching, valid, conf=0.97 if cutmix else 0.0)
-    # single: a network learns its own labels. pseudoseg: those that a weak view of it gives.
-    return cross_entropy(*logits, *(labels_of(teach, valid) for teach in teaching))
-
-
-def weight(cfg: Config, num_classes: int) -> float:
-    """λ of Eq. (5), for CPS or the alternative that the flags choose."""
-    if cfg.supervision != "mean_teacher":
-        return cfg.lam_cutmix if cfg.cutmix else cfg.lam
-    # C's 100 weighs a mean over classes, too: ours is a sum over them.
-    return cfg.lam_mt_cutmix if cfg.cutmix else cfg.lam_mt / num_classes
+        # With CutMix this is CutMix-Seg (French et al., BMVC 2020), which the paper compares with.
+        # Its own code has one box of half the area, averages the running statistics too, freezes
+        # BatchNorm on VOC, and evaluates the teacher.
+        return mean_teacher_loss(student, teacher, valid, CONFIDENT if cutmix else 0.0)
+    # single: a network learns its own labels. pseudoseg: those that it gives a weak view.
+    return cross_entropy(student, labels_of(teacher, valid))
 
 
 # --- training (Sec. 4.1) ---
@@ -259,68 +267,88 @@ def check_flags(cfg: Config) -> None:
         raise InputError(f"--supervision {cfg.supervision}: has no CutMix form; add --no-cutmix")
 
 
+def chosen_lambda(cfg: Config, num_classes: int) -> float:
+    """λ of Eq. (5), for CPS or the alternative that the flags choose."""
+    if cfg.supervision != "mean_teacher":  # the other alternatives' λ, of which we found nothing
+        return cfg.lam_cutmix if cfg.cutmix else cfg.lam
+    # C's 100 weighs a mean over pixels and classes; our loss sums over the K classes.
+    return cfg.lam_mt_cutmix if cfg.cutmix else cfg.lam_mt / num_classes
+
+
 def train(cfg: Config) -> Result:
     """Run the experiment; the result's model is network 1, the one the paper evaluates.
 
-    Raises InputError for flags and files that cannot be right.
+    Raises InputError for flags and files that cannot be right, and when training diverges.
     """
     run = Run("cps", cfg)
     check_flags(cfg)
     data = run.load()
 
-    # Same architecture, same pretrained backbone; only the random heads differ. That difference
-    # is the whole perturbation: with equal heads, Eq. (4) is each network taught by itself.
-    # Δ PC: with --weights none the backbones are drawn apart, too.
-    semi, kind = not cfg.supervised_only, cfg.supervision
+    # Same architecture, same pretrained backbone; only the random heads differ. That difference is
+    # the whole perturbation: with equal heads, Eq. (4) is each network taught by itself.
+    # Δ PC: without pretrained weights (the embedded dataset's recipe) the backbones differ, too.
+    semi = not cfg.supervised_only
+    kind = cfg.supervision
     twins = semi and kind in ("cps", "prob_l2", "prob_kl")
     build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
-    networks = [build() for _ in range(1 + twins)]
-    trained = [run.wrap(network) for network in networks]
-    averaged = semi and kind == "mean_teacher"  # then one teaches that learns by averaging alone
+    networks = [build() for _ in range(2 if twins else 1)]
+    trained = [run.wrap(network) for network in networks]  # their gradients: of all processes
+    # A mean teacher is a second network that learns by averaging alone; else networks teach.
+    averaged = semi and kind == "mean_teacher"
     teachers = [deepcopy(networks[0]).requires_grad_(False)] if averaged else networks
-    everything = nn.ModuleList(dict.fromkeys(networks + teachers))
+    everything = nn.ModuleList(dict.fromkeys(networks + teachers))  # each of them once
     optimizer, schedule = sgd_poly(networks, cfg.lr, cfg.weight_decay, cfg.iters)
-    run.start(data, networks[:1], networks=everything, optimizer=optimizer, schedule=schedule)
+    model = networks[:1]  # network 1 is evaluated and saved
+    run.start(data, model, networks=everything, optimizer=optimizer, schedule=schedule)
 
+    # Δ P: the strong view of pseudoseg has PS-MT's colours and blur; we know of none in P.
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
     view_u = partial(view, strong=photometry()) if kind == "pseudoseg" else view
-    # Δ C: CutMix mixes different pictures, of one batch. C takes partners from a second sampler,
-    # which runs in step with the first and gives two views of one picture.
     batches_l, batches_u = run.batches("labeled", view), run.batches("unlabeled", view_u)
     criterion = supervised_criterion(cfg.ohem, cfg.batch_size)
+    # One network alone has one of Eq. (3)'s two terms.
     supervise = partial(supervised_loss, criterion=criterion) if twins else criterion
-    lam = weight(cfg, len(data.classes))
+    lam = chosen_lambda(cfg, len(data.classes))
 
     for step in run.loop():
-        images_l, labels_l, valid_l = run.to_device(next(batches_l))
+        images_l, labels_l, valid_l = run.to_device(next(batches_l))  # valid: False on padding
         with run.autocast():
             logits_l = [network(images_l) for network in trained]  # (B, K, H, W)  Eqs. (1), (2)
             loss = loss_sup = supervise(*logits_l, labels_l)  # L_s, Eq. (3)
-            loss_cps = 0.0
+            loss_unsup = 0.0
             if semi:
-                images_u, _, valid, *strong_u = run.to_device(next(batches_u))
-                if cfg.cutmix:  # the uncut pictures are labelled; labels are cut as pictures are
-                    masks = cutmix_masks(*valid.shape, device=run.device)
-                    teaching = [mix(logits, masks) for logits in predict(teachers, images_u)]
-                    logits = [network(mix(images_u, masks)) for network in trained]
-                    valid = mix(valid, masks)
+                images_u, _, valid_u, *more = run.to_device(next(batches_u))
+                if cfg.cutmix:
+                    # Boxes of the picture before it in the batch, a quarter of the pixels, hide a
+                    # picture. Networks teach what they predict for whole ones, cut likewise.
+                    # Δ P: no term for labelled pictures, as in C.
+                    # Δ C: two pictures are mixed; there, two views of one, for the partners come
+                    # from a second sampler that runs in step with the first.
+                    masks = cutmix_masks(*valid_u.shape, device=run.device)
+                    images_mixed, valid = mix(images_u, masks), mix(valid_u, masks)
+                    teaching = [mix(whole, masks) for whole in predict(teachers, images_u)]
+                    logits = [network(images_mixed) for network in trained]
                 elif kind == "pseudoseg":  # Fig. 1(d): a weak view labels a strong one
+                    (images_strong,), valid = more, valid_u
                     teaching = predict(teachers, images_u)
-                    logits = [network(*strong_u) for network in trained]
-                else:  # L_cps^l + L_cps^u, as one mean over the pixels of both
+                    logits = [network(images_strong) for network in trained]
+                else:
+                    # Δ P: L_cps^l + L_cps^u as one mean over the pixels of both, as in C, to which
+                    # the published λ belong: half of P's sum of two means.
+                    valid = torch.cat([valid_l, valid_u])
                     logits = join(logits_l, [network(images_u) for network in trained])
-                    teaching, valid = logits, torch.cat([valid_l, valid])
-                    if averaged:
+                    teaching = logits
+                    if averaged:  # Δ P: by the student's view, as in C; in P by one of its own
                         teaching = join(predict(teachers, images_l), predict(teachers, images_u))
-                if cfg.count_padding:
+                if cfg.count_padding:  # Δ C: on own data padding does not count; there it does
                     valid = torch.ones_like(valid)
                 if kind == "cps":
-                    pseudo1, pseudo2 = (labels_of(logits, valid) for logits in teaching)  # Y1, Y2
-                    loss_cps = cps_loss(*logits, pseudo1, pseudo2)  # L_cps, Eq. (4)
+                    pseudo1, pseudo2 = (labels_of(taught, valid) for taught in teaching)  # Y1, Y2
+                    loss_unsup = cps_loss(*logits, pseudo1, pseudo2)  # L_cps, Eq. (4)
                 else:
-                    loss_cps = discussion_loss(kind, logits, teaching, valid, cfg.cutmix)
-                ramp = min(1.0, (step + 1) / max(cfg.ramp * cfg.iters, 1))
-                loss = loss_sup + ramp * lam * loss_cps  # L, Eq. (5)
+                    loss_unsup = discussion_loss(kind, logits, teaching, valid, cfg.cutmix)
+                rise = min(1.0, (step + 1) / max(cfg.ramp * cfg.iters, 1))
+                loss = loss_sup + rise * lam * loss_unsup  # L, Eq. (5)
 
         optimizer.zero_grad()
         loss.backward()
@@ -328,7 +356,7 @@ def train(cfg: Config) -> Result:
         schedule.step()
         if averaged:
             ema_update(teachers[0], networks[0], cfg.ema_decay)
-        run.log(step, loss_sup=loss_sup, loss_unsup=loss_cps)
+        run.log(step, loss_sup=loss_sup, loss_unsup=loss_unsup)
         run.evaluate(step)
     return run.finish()
 

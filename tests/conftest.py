@@ -4,9 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
 
+import few_shapes
 import pytest
 import torch
 
+from common import shapes
 from common.run import Run
 
 torch.set_num_threads(1)
@@ -16,6 +18,12 @@ torch.set_num_threads(1)
 def seeded():
     """Every test starts from the same generator state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The embedded dataset with few pictures."""
+    monkeypatch.setattr(shapes, "COUNTS", few_shapes.COUNTS)
 
 
 @pytest.fixture

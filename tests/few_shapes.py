@@ -1,41 +1,76 @@
-"""A script on few pictures; with --check, what several processes must agree on."""
+"""The scripts at their smallest: on few pictures, here or as a program of one or two processes.
 
+few_shapes.py SCRIPT [FLAGS]    that script's command line
+few_shapes.py FOLDER            every script by TINY; what several processes must agree on
+"""
+
+import os
+import subprocess
 import sys
-from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common import data, shapes
+from common import shapes
 from common.augment import whole_view
+from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
 from common.metrics import evaluate
-from common.run import Result, RunConfig, main
+from common.run import main
 
-shapes.COUNTS = {"train": 12, "val": 5}
+ROOT = Path(__file__).parent.parent
+COUNTS = {"train": 12, "val": 5}
+SMALL = dict(batch_size=2, crop_size=32, width=8, iters=4, eval_every=2, labeled="4")
+TINY = {  # by script: the flags of a short run, which test_scripts varies
+    "cps": SMALL,
+}
 
 
-def check(path: str, cfg: RunConfig) -> Result:
-    """Train, then save from each process: weights, and the confusion matrix of a seeded network."""
-    result = script.train(cfg)
+def start(*argv, processes=1):
+    """This file as a program of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), __file__, *map(str, argv)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, status=0):
+    """What a program printed and what it complained of; it has to end with the status."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, err
+    return out, err
+
+
+def score() -> dict:
+    """What this process evaluates of a seeded network, and the confusion matrix of all."""
     torch.manual_seed(7)
     network = DeepLabV3Plus(7, "resnet18", width=8)
-    listed = data.load("shapes", "", "4", "", 0)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    loader = data.val_loader(listed, whole_view, rank, world)
-    confusion = evaluate(network, loader, 7, "cpu")
-    saved = dict(
-        weights=result.model.state_dict(), confusion=confusion, pictures=len(loader.dataset)
-    )
-    torch.save(saved | {"miou": result.miou}, f"{path}-{rank}.pt")
-    return result
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loader = val_loader(load("shapes", "", "4", "", 0), whole_view, rank, world)
+    return dict(pictures=len(loader.dataset), confusion=evaluate(network, loader, 7, "cpu"))
+
+
+def together(folder: Path) -> None:
+    """Train every script; save what this process has in the end."""
+    saved = {}
+    for name, flags in TINY.items():
+        script = import_module(name)
+        result = script.train(script.Config(output_dir=str(folder / name), **flags))
+        saved[name] = dict(weights=result.model.state_dict(), miou=result.miou)
+    torch.save(saved | score(), folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    script = import_module(sys.argv.pop(1))
-    train = script.train
-    if sys.argv[1] == "--check":
-        train = partial(check, sys.argv[2])
-        del sys.argv[1:3]
-    main(train, script.Config, script.RECIPES)
+    shapes.COUNTS = COUNTS
+    if sys.argv[1] in TINY:
+        script = import_module(sys.argv.pop(1))
+        main(script.train, script.Config, script.RECIPES)
+    else:
+        together(Path(sys.argv[1]))

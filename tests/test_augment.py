@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import augment
-from common.augment import cutmix_masks, normalise, random_crop, random_flip, train_view, whole_view
+from common.augment import cutmix_masks, mix, random_crop, random_flip, train_view, whole_view
 
 CODES = 6  # a picture whose colour is label / 10 shows where its label's pixels went
 
@@ -15,28 +15,18 @@ def coded(height=40, width=56, block=8):
     return label[None].expand(3, -1, -1).float() / 10, label
 
 
-def assert_same_pixels(image, label, valid, exact):
-    """Wherever the label is known, the picture has its colour; blocks' edges may blend."""
-    known = label != 255
-    assert torch.equal(known, valid)
-    error = (image[0] * 10 - label)[known].abs()
-    if exact:
-        assert error.max() < 1e-5
-    else:
-        # The nearest label and the bilinear colour agree but for half a pixel at the edges.
-        assert error.median() < 1e-5 and (error < 1e-5).float().mean() > 0.5
-
-
 @pytest.mark.parametrize("scale", [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("crop", [32, 64])
 def test_crop_keeps_picture_and_label_together(scale, crop):
+    """Wherever the label is known, the picture has its colour; blocks' edges may blend."""
     for _ in range(20):
-        picture, label = coded()
-        view = random_crop(picture, label, crop, scale)
-        assert view[0].shape == (3, crop, crop) and view[0].dtype == torch.float32
-        assert view[1].shape == view[2].shape == (crop, crop)
-        assert view[1].dtype == torch.int64 and view[2].dtype == torch.bool
-        assert_same_pixels(*random_flip(*view), exact=scale == 1.0)
+        image, label, valid = random_flip(*random_crop(*coded(), crop, scale))
+        assert image.shape == (3, crop, crop) and label.shape == valid.shape == (crop, crop)
+        assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
+        assert valid.dtype == torch.bool and torch.equal(label != 255, valid)
+        exact = (image[0] * 10 - label)[valid].abs() < 1e-5
+        # The nearest label and the bilinear colour agree but for half a pixel at the edges.
+        assert exact.all() if scale == 1.0 else exact.float().mean() > 0.5
 
 
 def test_doubling_is_exact_away_from_edges():
@@ -51,21 +41,18 @@ def test_doubling_is_exact_away_from_edges():
 
 
 def test_padding_is_centred_mean_colour_and_void():
-    picture, label = coded(16, 24)
-    image, label, valid = random_crop(picture, label, 64, 1.0)
+    image, label, valid = random_crop(*coded(16, 24), 64, 1.0)
     rows, columns = torch.where(valid)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (24, 39, 20, 43)
     assert valid.sum() == 16 * 24 and (label[~valid] == 255).all()
     padded = image[:, ~valid]
     torch.testing.assert_close(padded, torch.tensor(augment.MEAN)[:, None].expand_as(padded))
-    assert normalise(image)[:, ~valid].abs().max() < 1e-6
+    assert augment.normalise(image)[:, ~valid].abs().max() < 1e-6
 
 
 def test_void_inside_the_picture_is_valid():
     picture, label = coded()
-    label[:] = 255
-    _, _, valid = random_crop(picture, label, 32, 1.0)
-    assert valid.all()
+    assert random_crop(picture, torch.full_like(label, 255), 32, 1.0)[2].all()
 
 
 def test_every_offset_and_both_flips_occur():
@@ -78,13 +65,9 @@ def test_every_offset_and_both_flips_occur():
 
 
 def test_only_surviving_pixels_are_resized(monkeypatch):
-    sizes = []
-    resize = augment.F.interpolate
-    monkeypatch.setattr(
-        augment.F,
-        "interpolate",
-        lambda x, *a, **k: sizes.append(x.shape[-2:]) or resize(x, *a, **k),
-    )
+    sizes, resize = [], augment.F.interpolate
+    note = lambda x, *a, **k: sizes.append(x.shape[-2:]) or resize(x, *a, **k)  # noqa: E731
+    monkeypatch.setattr(augment.F, "interpolate", note)
     random_crop(torch.rand(3, 400, 500), torch.zeros(400, 500), 32, 2.0)
     assert sizes == [(16, 16), (16, 16)]
 
@@ -100,13 +83,10 @@ def test_bytes_become_floats():
 
 
 def test_train_view_draws_all_scales_and_shares_geometry_with_the_strong_view():
-    picture, label = torch.zeros(3, 40, 40), torch.zeros(40, 40)
-    shares = {
-        train_view(picture, label, 64, (0.5, 1.0))[2].float().mean().item() for _ in range(40)
-    }
+    views = [train_view(*coded(40, 40), 64, (0.5, 1.0)) for _ in range(40)]
+    shares = {valid.float().mean().item() for _, _, valid in views}
     assert shares == {(20 / 64) ** 2, (40 / 64) ** 2}
-    picture, label = coded()
-    image, _, valid, strong = train_view(picture, label, 32, (1.0, 2.0), strong=lambda x: x / 2)
+    image, _, _, strong = train_view(*coded(), 32, (1.0, 2.0), strong=lambda x: x / 2)
     std, mean = (torch.tensor(v)[:, None, None] for v in (augment.STD, augment.MEAN))
     torch.testing.assert_close(strong * std + mean, (image * std + mean) / 2)
 
@@ -153,13 +133,11 @@ def test_boxes_that_overlap_cancel():
     """The mask is the parity of the number of boxes over a pixel."""
     generator = torch.Generator().manual_seed(5)
     mask = cutmix_masks(1, 64, 64, boxes=3, area=(0.9, 0.9), generator=generator)[0, 0]
-    uniform = torch.rand(
-        4, 1, 3, 1, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64
-    )[:, 0, :, 0, 0]
+    again = torch.Generator().manual_seed(5)
+    uniform = torch.rand(4, 1, 3, 1, generator=again, dtype=torch.float64)[:, 0, :, 0]
     painted = torch.zeros(64, 64, dtype=torch.int64)
     for _, e, v, u in uniform.T.tolist():
-        high = round(0.9**e / 3**0.5 * 64)
-        wide = round(0.9 ** (1 - e) / 3**0.5 * 64)
+        high, wide = (round(0.9**power / 3**0.5 * 64) for power in (e, 1 - e))
         top, left = round((64 - high) * v), round((64 - wide) * u)
         painted[top : top + high, left : left + wide] += 1
     assert painted.max() > 1 and torch.equal(mask, painted % 2 == 1)
@@ -169,3 +147,25 @@ def test_a_generator_makes_the_masks_repeatable():
     draws = [cutmix_masks(4, 32, 32, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0][0], draws[0][1])
+
+
+def test_mix_takes_the_picture_before_inside_the_mask():
+    """Pictures, labels, and a picture whose colour is its label, alike."""
+    masks, labels = cutmix_masks(3, 16, 16), torch.randint(CODES, (3, 16, 16))
+    images = torch.stack([labels, -labels], dim=1)
+    mixed_images, mixed_labels = mix(images, masks), mix(labels, masks)
+    for b, i, j in torch.cartesian_prod(*map(torch.arange, (3, 16, 16))).tolist():
+        source = (b - 1) % 3 if masks[b, 0, i, j] else b
+        assert torch.equal(mixed_images[b, :, i, j], images[source, :, i, j])
+        assert mixed_labels[b, i, j] == labels[source, i, j]
+
+
+def test_empty_and_full_masks_mix_nothing_and_everything():
+    images, empty = torch.randn(3, 3, 4, 4), torch.zeros(3, 1, 4, 4, dtype=torch.bool)
+    assert torch.equal(mix(images, empty), images)
+    assert torch.equal(mix(images, ~empty), images.roll(1, 0))
+
+
+def test_mixing_logits_is_mixing_label_maps():
+    logits, masks = torch.randn(4, CODES, 8, 8), cutmix_masks(4, 8, 8)
+    assert torch.equal(mix(logits, masks).argmax(1), mix(logits.argmax(1), masks))

@@ -1,12 +1,15 @@
 """Losses against per-pixel loops; the optimiser's groups and schedule."""
 
+import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from common.deeplab import DeepLabV3Plus
-from common.losses import cross_entropy, ohem_cross_entropy
+from common.losses import cross_entropy, ohem_cross_entropy, supervised_criterion
 from common.optim import poly_lr, sgd_poly
 
 B, K, H, W = 2, 5, 4, 6
@@ -14,19 +17,16 @@ B, K, H, W = 2, 5, 4, 6
 
 def inputs(void=0.2):
     x = torch.randn(B, K, H, W, dtype=torch.float64, requires_grad=True)
-    y = torch.randint(K, (B, H, W))
-    return x, torch.where(torch.rand(B, H, W) < void, 255, y)
+    return x, torch.randint(K, (B, H, W)).masked_fill(torch.rand(B, H, W) < void, 255)
 
 
 def pixels(x, y):
     """(-log p, p) of the true class at each valid pixel."""
     found = []
-    for b in range(B):
-        for i in range(H):
-            for j in range(W):
-                if y[b, i, j] != 255:
-                    p = x[b, :, i, j].exp()[y[b, i, j]] / x[b, :, i, j].exp().sum()
-                    found.append((-p.log(), float(p.detach())))
+    for b, i, j in itertools.product(range(B), range(H), range(W)):
+        if y[b, i, j] != 255:
+            p = x[b, :, i, j].exp()[y[b, i, j]] / x[b, :, i, j].exp().sum()
+            found.append((-p.log(), float(p.detach())))
     return found
 
 
@@ -61,8 +61,7 @@ def test_nothing_valid_is_zero_with_zero_gradient(loss):
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.7])
 @pytest.mark.parametrize("min_kept", [0, 1, 10, 30, B * H * W, B * H * W + 1, 10**6])
 def test_ohem(threshold, min_kept):
-    for void in (0.0, 0.2, 0.7):
-        x, y = inputs(void)
+    for x, y in map(inputs, (0.0, 0.2, 0.7)):
         reference = reference_ohem(x, y, threshold, min_kept)
         same(ohem_cross_entropy(x, y, threshold, min_kept), reference, x)
 
@@ -85,6 +84,15 @@ def test_ohem_gives_dropped_and_void_pixels_no_gradient():
     assert (grad[dropped] == 0).all() and (grad[~dropped] > 0).all()
 
 
+def test_ohem_of_a_script_keeps_50_000_pixels_a_picture():
+    x, y = torch.rand(1, 2, 250, 250), torch.zeros(1, 250, 250, dtype=torch.int64)
+    x[:, 0] += 2  # no pixel is hard
+    hardest = F.cross_entropy(x, y, reduction="none").flatten().topk(50_000).values
+    torch.testing.assert_close(supervised_criterion(True, batch_size=1)(x, y), hardest.mean())
+    for criterion in (supervised_criterion(True, batch_size=2), supervised_criterion(False, 1)):
+        torch.testing.assert_close(criterion(x, y), F.cross_entropy(x, y))
+
+
 def test_poly_lr_has_the_published_values():
     assert 0.01 * poly_lr(0, 39338) == 0.01
     assert 0.01 * poly_lr(39338 // 2, 39338) == pytest.approx(0.0053589, abs=1e-7)
@@ -92,7 +100,7 @@ def test_poly_lr_has_the_published_values():
 
 
 def test_schedule_is_the_formula():
-    optimizer, schedule = sgd_poly([torch.nn.Linear(2, 2)], lr=0.3, weight_decay=0.1, iters=50)
+    optimizer, schedule = sgd_poly([nn.Linear(2, 2)], lr=0.3, weight_decay=0.1, iters=50)
     for step in range(50):
         for group in optimizer.param_groups:
             assert math.isclose(group["lr"], 0.3 * poly_lr(step, 50), rel_tol=1e-9)
@@ -101,34 +109,28 @@ def test_schedule_is_the_formula():
 
 
 def test_only_weights_decay():
-    net = DeepLabV3Plus(21, "resnet50")
+    net = DeepLabV3Plus(21, "resnet18", width=8)
     optimizer, _ = sgd_poly([net], lr=0.1, weight_decay=1e-4, iters=10)
     decay, plain = optimizer.param_groups
     assert (decay["weight_decay"], plain["weight_decay"]) == (1e-4, 0.0)
     assert decay["momentum"] == 0.9 and not decay["nesterov"]
-    bare = {
-        id(p) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()
-    }
-    bare.add(id(net.classifier.bias))
-    assert {id(p) for p in plain["params"]} == bare
-    assert len(decay["params"]) + len(plain["params"]) == len(list(net.parameters()))
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    bare = [net.classifier.bias, *(p for norm in norms for p in norm.parameters())]
+    assert {id(p) for p in plain["params"]} == {id(p) for p in bare}
+    everything = [id(p) for group in (decay, plain) for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in net.parameters())
 
 
 def test_double_averaged_gradients_are_a_smaller_rate_with_more_decay():
     """Dividing each gradient by n with (lr, wd) equals (lr / n, n wd): the recipes' rates."""
-    torch.manual_seed(0)
-    a = torch.nn.Linear(3, 3, bias=False).double()
-    b = torch.nn.Linear(3, 3, bias=False).double()
-    b.load_state_dict(a.state_dict())
-    (first, s1), (second, s2) = (
-        sgd_poly([net], lr=lr, weight_decay=wd, iters=20)
-        for net, lr, wd in ((a, 0.01, 1e-4), (b, 0.0025, 4e-4))
-    )
-    for _ in range(20):
-        x = torch.randn(4, 3, dtype=torch.float64)
-        for net, optimizer, schedule, factor in ((a, first, s1, 0.25), (b, second, s2, 1.0)):
+    nets, batches = [], torch.randn(20, 4, 3, dtype=torch.float64)
+    for lr, weight_decay, factor in ((0.01, 1e-4, 0.25), (0.0025, 4e-4, 1.0)):
+        torch.manual_seed(1)
+        nets.append(nn.Linear(3, 3, bias=False).double())
+        optimizer, schedule = sgd_poly(nets[-1:], lr, weight_decay, iters=20)
+        for x in batches:
             optimizer.zero_grad()
-            (net(x).square().sum() * factor).backward()
+            (nets[-1](x).square().sum() * factor).backward()
             optimizer.step()
             schedule.step()
-    torch.testing.assert_close(a.weight, b.weight, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=1e-12, atol=1e-13)

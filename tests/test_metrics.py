@@ -1,5 +1,6 @@
 """Confusion matrix, IoU, sliding windows and evaluation."""
 
+import itertools
 import math
 
 import pytest
@@ -38,22 +39,17 @@ def test_a_prediction_on_void_does_not_matter():
 
 
 def test_iou_and_its_mean():
-    matrix = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
-    values = iou(matrix)
-    assert values.dtype == torch.float64
-    assert values[:2].tolist() == pytest.approx([3 / 6, 4 / 7])
-    assert math.isnan(values[2])  # occurs nowhere: left out of the mean
+    matrix = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])  # the last class occurs nowhere
+    assert iou(matrix).dtype == torch.float64
+    assert iou(matrix).tolist() == pytest.approx([3 / 6, 4 / 7, math.nan], nan_ok=True)
     assert mean_iou(matrix) == pytest.approx((3 / 6 + 4 / 7) / 2)
     assert mean_iou(torch.eye(3, dtype=torch.int64)) == 1.0
-    predicted_only = torch.tensor([[2, 1], [0, 0]])
-    assert mean_iou(predicted_only) == pytest.approx((2 / 3 + 0) / 2)
+    assert mean_iou(torch.tensor([[2, 1], [0, 0]])) == pytest.approx(1 / 3)  # predicted only
 
 
 def test_windows_are_the_published_ones():
-    assert window_starts(1024, 800, 534) == [0, 224]
-    assert window_starts(2048, 800, 534) == [0, 534, 1068, 1248]
-    assert window_starts(500, 800, 534) == [0]
-    assert window_starts(800, 800, 534) == [0]
+    starts = {1024: [0, 224], 2048: [0, 534, 1068, 1248], 500: [0], 800: [0]}
+    assert {length: window_starts(length, 800, 534) for length in starts} == starts
 
 
 class Pixelwise(nn.Module):
@@ -77,9 +73,8 @@ def test_slide_sums_the_windows_logits():
         ours, logits = slide(model, images, 16, 11), model(images)
     assert set(model.sizes[:-1]) == {(16, 16)} and len(model.sizes) == 2 * 3 + 1
     cover = torch.zeros(20, 33)
-    for top in (0, 4):
-        for left in (0, 11, 17):
-            cover[top : top + 16, left : left + 16] += 1
+    for top, left in itertools.product((0, 4), (0, 11, 17)):
+        cover[top : top + 16, left : left + 16] += 1
     torch.testing.assert_close(ours, logits * cover)
 
 

@@ -1,12 +1,14 @@
 """Panels: one row a picture, in the dataset's colours."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from common.data import load
-from common.predict import CELL, GAP, LINE, colorize, panels
+from common.panels import CELL, GAP, LINE, colorize, panels
 
 
 class Bands(nn.Module):
@@ -19,16 +21,18 @@ class Bands(nn.Module):
         return logits
 
 
+def five():
+    data = load("shapes", "", "1/40", "", 0)
+    return replace(data, val=data.val[:5])
+
+
 def test_colorize_uses_the_palette_and_white_for_void():
-    colors = [(1, 2, 3), (4, 5, 6)]
-    shown = colorize(np.array([[0, 1, 255]], np.uint8), colors)
+    shown = colorize(np.array([[0, 1, 255]], np.uint8), [(1, 2, 3), (4, 5, 6)])
     assert shown.tolist() == [[[1, 2, 3], [4, 5, 6], [255, 255, 255]]]
 
 
 def test_panels_show_image_truth_and_prediction(tmp_path):
-    data = load("shapes", "", "1/40", "", 0)
-    data.val = data.val[:5]
-    model = Bands()
+    data, model = five(), Bands()
     panels(model, data, tmp_path / "panels.png", "cpu", rows=3)
     assert model.training and [p.name for p in tmp_path.iterdir()] == ["panels.png"]
     sheet = np.asarray(Image.open(tmp_path / "panels.png"))
@@ -43,8 +47,7 @@ def test_panels_show_image_truth_and_prediction(tmp_path):
 
 
 def test_more_rows_than_pictures_and_wide_legends(tmp_path):
-    data = load("shapes", "", "1/40", "", 0)
-    data.val = data.val[:1]
-    data.classes = [f"a class with a long name {k}" for k in range(7)]
-    panels(Bands(), data, tmp_path / "panels.png", "cpu")
+    data = five()
+    names = [f"a class with a long name {k}" for k in range(7)]
+    panels(Bands(), replace(data, val=data.val[:1], classes=names), tmp_path / "panels.png", "cpu")
     assert Image.open(tmp_path / "panels.png").height > LINE + CELL + GAP + 2 * LINE

@@ -8,7 +8,7 @@ import few_shapes
 import pytest
 import torch
 
-from common import shapes
+from common import deeplab, shapes
 from common.run import Run
 
 torch.set_num_threads(1)
@@ -24,6 +24,12 @@ def seeded():
 def few(monkeypatch):
     """The embedded dataset with few pictures."""
     monkeypatch.setattr(shapes, "COUNTS", few_shapes.COUNTS)
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Networks with a few convolutions for a backbone."""
+    monkeypatch.setattr(deeplab, "dilated_resnet", few_shapes.light_resnet)
 
 
 @pytest.fixture

@@ -1,0 +1,351 @@
+"""What all scripts share: short runs, recipes, resuming, processes, flags, imports, shape."""
+
+import ast
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tokenize
+from dataclasses import fields
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+import trees
+from few_shapes import COUNTS, ROOT, TINY, finish, score, start
+from torch import nn
+
+from common import shapes
+from common.flags import InputError, check_config, parse_config
+from common.run import Run
+
+VARIANTS = {  # short runs that together take every switch of a script, beside TINY's own
+    "cps": [
+        dict(),
+        dict(supervised_only=True),
+        dict(cutmix=False, ohem=True, eval_window=48),
+        dict(count_padding=True, scales=(0.5,), amp="bf16"),
+        dict(supervision="prob_l2", cutmix=False),
+        dict(supervision="prob_kl", cutmix=False, amp="none"),
+        dict(supervision="mean_teacher"),
+        dict(supervision="mean_teacher", cutmix=False),
+        dict(supervision="single"),
+        dict(supervision="pseudoseg", cutmix=False),
+    ],
+    "psmt": [
+        dict(),
+        dict(supervised_only=True, amp="none"),
+        dict(teachers="own", ohem=True, eval_window=48),
+        dict(cutmix="boxes", zoom=True, amp="bf16"),
+        dict(cutmix="off", pseudo_eval=True, count_padding=True, scales=(0.3, 0.5)),
+        dict(eps=0.0),
+    ],
+    "cac": [
+        dict(),
+        dict(supervised_only=True, amp="none"),
+        dict(projector=False, jitter=True, eval_window=48),
+        dict(context=False, amp="bf16", dropout=0.5),
+        dict(directed=False, mean_over="overlap", bank=0),
+        dict(class_filter=False, gamma=0.0),
+    ],
+}
+REFUSED = {  # flags that a script cannot take; the first one is at fault, and what else is said
+    "": [
+        "--itres=5",
+        "--iter=5",
+        "--iters",
+        "--crop-size=50",
+        "--dataset=imagenet",
+        "--device=tpu9",
+    ],
+    "semi": ["--labeled=1/999", "--unlabeled=nowhere", "--data-path=nowhere --dataset=folder"],
+    "cps": ["--supervision=prob_l2", "--supervision=pseudoseg", "--scales 1 0", "--ramp=1.5"],
+    "psmt": ["--scales 2 0.5", "--scales 1", "--warmup=1", "--threshold=1.5", "--eps=-1"],
+    "cac": ["--gamma=1.5", "--tau=0", "--tau=nan", "--warmup=1", "--pair-scales 2 0.5"]
+    + ["--scales 0.001 0.002", "--pair-scales 0.001 0.002", "--directed=maybe", "--bank=-1"],
+}
+STOPPED = [  # runs that are cut a step after a checkpoint: in a warm-up, and later
+    ("cps", dict(iters=4), (3,)),
+    ("cps", dict(iters=4, supervision="mean_teacher"), (3,)),
+    ("psmt", dict(iters=6, warmup=0.5), (3, 5)),
+    ("psmt", dict(iters=6, warmup=0.5, teachers="own"), (3, 5)),
+    ("cac", dict(iters=6, warmup=0.5, bank=2), (3, 5)),
+]
+ARTEFACTS = {"config.json", "log.jsonl", "last.pt", "best.pt", "panels.png", "iou.txt"}
+TREES = dict(
+    folder=(trees.folder_tree, 3),
+    voc=(partial(trees.voc_tree, aug=True), 21),
+    cityscapes=(trees.cityscapes_tree, 19),
+)
+OURS = sorted(path.stem for path in (ROOT / "common").glob("*.py") if path.stem != "__init__")
+every_script = pytest.mark.parametrize("name", TINY)
+
+
+def train(name, folder, **flags):
+    script = import_module(name)
+    return script.train(script.Config(output_dir=str(folder), **TINY[name] | flags))
+
+
+def argv(flags):
+    """The command line of a config's fields."""
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        yield from (f"--{name.replace('_', '-')}", *map(str, values))
+
+
+def guard(name, monkeypatch, *words):
+    """The status with which a script ends that is called with these words."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    return end.value.code
+
+
+# --- short runs ---
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [(name, flags) for name in TINY for flags in VARIANTS[name]],
+    ids=lambda value: value if isinstance(value, str) else " ".join(argv(value)) or "plain",
+)
+def test_a_short_run_moves_all_weights_and_leaves_its_files(
+    name, flags, few, tmp_path, monkeypatch
+):
+    begin, networks, before = Run.start, [], []
+
+    def note(run, data, model, **state):
+        networks.extend([*model, *(part for part in state.values() if isinstance(part, nn.Module))])
+        before.extend({k: v.clone() for k, v in net.state_dict().items()} for net in networks)
+        begin(run, data, model, **state)
+
+    monkeypatch.setattr(Run, "start", note)
+    result = train(name, tmp_path, **flags)
+    assert math.isfinite(result.miou) and not result.model.training
+    assert [entry["step"] for entry in result.history] == [TINY[name]["iters"]]
+    for network, old in zip(networks, before, strict=True):
+        new = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
+        assert [k for k, v in new.items() if torch.equal(v, old[k])] == []
+        assert all(v.isfinite().all() for v in new.values())
+    assert {path.name for path in tmp_path.iterdir()} == ARTEFACTS
+
+
+@every_script
+def test_short_runs_take_every_switch(name):
+    """What no short run takes may be broken without a word."""
+    config = import_module(name).Config
+    for field in fields(config):
+        choices = {True, False} if field.type is bool else set(get_args(field.type))
+        if field.type is not bool and get_origin(field.type) is not Literal:
+            continue
+        if field.name not in ("dataset", "backbone", "resume"):
+            flags = [
+                {field.name: field.default} | TINY[name] | variant for variant in VARIANTS[name]
+            ]
+            assert {values[field.name] for values in flags} == choices, field.name
+
+
+@pytest.mark.parametrize("name, dataset", [(n, d) for n in TINY for d in TREES])
+def test_recipes_train_on_tiny_trees(name, dataset, light, tmp_path):
+    """Two steps of each real layout's recipe, with loader processes, at a size for tests."""
+    tree, classes = TREES[dataset]
+    recipe = import_module(name).RECIPES[dataset]
+    flags = {key: value for key, value in recipe.items() if key not in TINY[name]}
+    flags |= dict(backbone="resnet18", weights="none", iters=2, labeled="1/2", workers=1)
+    flags |= dict(eval_window=32) if recipe.get("eval_window") else {}
+    result = train(name, tmp_path / "run", data_path=str(tree(tmp_path / "data")), **flags)
+    assert math.isfinite(result.miou) and len(result.history[-1]["iou"]) == classes
+
+
+# --- resuming, several processes ---
+
+
+@pytest.mark.parametrize("name, flags, stops", STOPPED, ids=str)
+def test_a_run_that_stops_goes_on_exactly(name, flags, stops, few, light, tmp_path, power_cut):
+    flags = flags | dict(eval_every=2)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(name, whole, **flags)
+    for stop in stops:
+        power_cut(stop, partial(train, name, cut, **flags, resume=True))
+    train(name, cut, **flags, resume=True)
+    for file in ("last.pt", "best.pt", "iou.txt", "panels.png"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes(), file
+    logs = [[json.loads(line) for line in (f / "log.jsonl").open()] for f in (whole, cut)]
+    first, second = ([line | {"seconds": 0} for line in log] for log in logs)
+    assert first == second and len(first) > flags["iters"]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What each of two processes has after a run of every script."""
+    folder = tmp_path_factory.mktemp("both")
+    out, _ = finish(start(folder, processes=2))
+    assert out.count("validation pictures") == len(TINY)  # the first process alone prints
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@every_script
+def test_two_processes_train_one_model(name, both):
+    first, second = (saved[name] for saved in both)
+    assert first["miou"] == second["miou"] and first["weights"].keys() == second["weights"].keys()
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), key
+
+
+def test_two_processes_count_every_picture_once(both, few):
+    alone = score()
+    assert alone["confusion"].sum() == COUNTS["val"] * shapes.SIZE**2
+    assert sum(saved["pictures"] for saved in both) == COUNTS["val"]
+    for saved in both:
+        assert saved["pictures"] < COUNTS["val"]
+        assert torch.equal(saved["confusion"], alone["confusion"])
+
+
+# --- flags and recipes ---
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (name, words)
+        for name in TINY
+        for kind in ("", "semi", name)
+        for words in REFUSED[kind]
+        if kind != "semi" or "labeled" in TINY[name]
+    ],
+)
+def test_a_bad_flag_ends_with_one_line_and_status_2(
+    name, words, few, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert guard(name, monkeypatch, *argv(TINY[name]), *words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}.py: ") and said.count("\n") == 1
+    assert re.split("[ =]", words)[0] in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_script
+def test_help_has_every_flag_with_the_recipes_value(name, monkeypatch, capsys):
+    script = import_module(name)
+    assert guard(name, monkeypatch, "--dataset", "voc", "--help") == 0
+    said = capsys.readouterr().out
+    assert said.count(script.__doc__.splitlines()[0]) == 1
+    for field in fields(script.Config):
+        assert re.search(rf"^  --{field.name.replace('_', '-')}\b", said, flags=re.MULTILINE)
+    assert f"[{script.RECIPES['voc']['iters']}]" in said and "[IMAGENET1K_V1]" in said
+
+
+@every_script
+def test_recipes_name_their_dataset_and_hold_values_that_can_be(name):
+    script = import_module(name)
+    assert parse_config(script.Config, script.RECIPES, []) == script.Config()
+    for key, recipe in script.RECIPES.items():
+        dataset, *special = key.split()
+        words = []
+        if special:
+            kind = "backbone" if special[0].startswith("resnet") else "labeled"
+            words = [f"--{kind}", *special]
+        cfg = parse_config(script.Config, script.RECIPES, ["--dataset", dataset, *words])
+        assert cfg == script.Config(**script.RECIPES[dataset] | recipe)
+        assert cfg.dataset == dataset and recipe.get("dataset", "shapes") == dataset
+        check_config(cfg)
+        getattr(script, "check_flags", check_config)(cfg)
+
+
+@every_script
+def test_a_dataset_without_a_recipe_is_an_error(name):
+    script = import_module(name)
+    recipes = {key: value for key, value in script.RECIPES.items() if key.split()[0] != "voc"}
+    with pytest.raises(InputError, match="--dataset voc: has no recipe here; there are shapes, "):
+        parse_config(script.Config, recipes, ["--dataset", "voc"])
+
+
+# --- what a script imports, and what importing it does ---
+
+
+def imported(path):
+    """The modules that a file imports, those of common/ in full."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            inside = node.module == "common"
+            yield from (f"common.{a.name}" for a in node.names) if inside else (node.module,)
+
+
+def reached(name, path=()):
+    """The modules of common/ that one of them, or a script, imports directly and indirectly."""
+    assert name not in path, f"a circle: {' -> '.join((*path, name))}"
+    file = ROOT / "common" / f"{name}.py" if name in OURS else ROOT / f"{name}.py"
+    direct = {m.removeprefix("common.") for m in imported(file) if m.startswith("common.")}
+    return direct.union(*(reached(module, (*path, name)) for module in direct))
+
+
+@pytest.mark.parametrize("path", [*TINY, *(f"common/{name}" for name in OURS)])
+def test_imports_are_few_and_run_one_way(path):
+    others = {"torch", "torchvision", "numpy", "PIL", "tqdm", "common"}
+    roots = {module.split(".")[0] for module in imported(ROOT / f"{path}.py")}
+    assert roots <= others | sys.stdlib_module_names
+    assert reached(Path(path).name) <= set(OURS)
+
+
+def test_only_slic_tags_and_maps_are_there_for_ial_alone():
+    several = set().union(*(reached(name) for name in TINY if name != "ial"))
+    assert set(OURS) - several == {"slic", "tags", "maps"}
+
+
+def interpreter(code, folder):
+    """What a fresh Python prints that runs the code in a folder."""
+    where = dict(cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **where)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_importing_a_script_has_no_side_effect(tmp_path):
+    """Nothing printed, written, seeded or set; all together, in an interpreter of their own."""
+    code = f"""
+import os, random, sys, numpy, torch, torch.backends.cudnn as cudnn
+state = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(),
+    torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), dict(os.environ),
+    cudnn.benchmark, cudnn.deterministic, torch.get_float32_matmul_precision(), sys.argv)
+before = state()
+import {", ".join(TINY)}
+assert before == state()
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+"""
+    assert interpreter(code, tmp_path) == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_is_imported_without_pictures_or_flags(tmp_path):
+    code = "import sys, torch; bare = set(sys.modules); import common.losses; "
+    new = interpreter(code + "print(*sorted(set(sys.modules) - bare))", tmp_path).split()
+    assert new == ["common", "common.losses"]
+
+
+# --- the shape of a script ---
+
+
+@every_script
+def test_the_docstring_is_at_most_40_lines(name):
+    first = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body[0]
+    assert isinstance(first.value.value, str) and first.lineno == 1 and first.end_lineno <= 40
+
+
+@every_script
+def test_differences_say_from_what(name):
+    """From the paper (P), the released code (C), or both."""
+    with open(ROOT / f"{name}.py", "rb") as file:
+        comments = [
+            t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT
+        ]
+    marked = [comment for comment in comments if "Δ" in comment]
+    assert marked and all(re.match(r"# Δ (P|C|PC): \S", comment) for comment in marked)

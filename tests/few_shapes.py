@@ -18,6 +18,8 @@ from common import deeplab, shapes
 from common.augment import whole_view
 from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
+from common.flags import InputError
+from common.machine import gather, in_all_processes
 from common.metrics import evaluate
 from common.run import main
 
@@ -61,28 +63,38 @@ def finish(process, status=0):
     return out, err
 
 
-def score() -> dict:
-    """What this process evaluates of a seeded network, and the confusion matrix of all."""
+def shared(rank: int = 0, world: int = 1) -> dict:
+    """How many pictures of `evaluate` are this process's; what it has of all, and of an error."""
     torch.manual_seed(7)
     network = DeepLabV3Plus(7, "resnet18", width=8)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = val_loader(load("shapes", "", "4", "", 0), whole_view, rank, world)
-    return dict(pictures=len(loader.dataset), confusion=evaluate(network, loader, 7, "cpu"))
+    found = dict(pictures=len(loader.dataset), confusion=evaluate(network, loader, 7, "cpu"))
+    found["gathered"] = gather(torch.arange(6.0).view(2, 3).T + 10 * rank)
+
+    def fail():
+        if rank == world - 1:
+            raise InputError(f"a file: is broken for process {rank}")
+
+    try:
+        in_all_processes(fail)
+    except InputError as error:
+        return found | dict(error=str(error))
 
 
 def together(folder: Path) -> None:
     """Train every script; save what this process has in the end."""
-    saved, deeplab.dilated_resnet = {}, light_resnet
+    saved = {}
     for name, flags in TINY.items():
         script = import_module(name)
         result = script.train(script.Config(output_dir=str(folder / name), **flags))
         saved[name] = dict(weights=result.model.state_dict(), miou=result.miou)
-    torch.save(saved | score(), folder / f"{dist.get_rank()}.pt")
+    rank = dist.get_rank()
+    torch.save(saved | shared(rank, dist.get_world_size()), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    shapes.COUNTS = COUNTS
+    shapes.COUNTS, deeplab.dilated_resnet = COUNTS, light_resnet
     if sys.argv[1] in TINY:
         script = import_module(sys.argv.pop(1))
         main(script.train, script.Config, script.RECIPES)

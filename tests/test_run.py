@@ -1,213 +1,253 @@
-"""Flags, the run's folder, checkpoints, exact resuming, several processes, the command line."""
+"""Flags, the run's folder, checkpoints, exact resuming, several processes, errors midway."""
 
 import json
 import math
-import os
-import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import trees
+from few_shapes import SMALL, finish, start
+from torch import nn
 
 import cps
 from common import shapes
 from common.augment import whole_view
 from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
-from common.flags import parse_config
-from common.metrics import evaluate
+from common.flags import Part, RunConfig, SemiConfig, Share, Span, check_config, parse_config
+from common.machine import average_buffers, average_gradients
+from common.metrics import evaluate, iou
 from common.outputs import replace_file, replace_text
-from common.run import InputError, Run, in_all_processes, main
+from common.run import InputError, Run, main
 
-ROOT = Path(__file__).parent.parent
-TINY = dict(batch_size=2, crop_size=32, width=8, iters=8, eval_every=2, labeled="4")
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+TINY = SMALL | dict(iters=8)
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """The embedded dataset with few pictures."""
-    monkeypatch.setattr(shapes, "COUNTS", {"train": 12, "val": 3})
-
-
-def start(*flags, script="cps", processes=1):
-    """A script on few pictures as a program of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [
-            sys.executable,
-            *(launcher if processes > 1 else []),
-            "tests/few_shapes.py",
-            script,
-            *flags,
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out
-
-
-def refusal(**flags):
-    """The one line with which train refuses the flags."""
-    with pytest.raises(InputError) as caught:
-        cps.train(cps.Config(**flags))
+def said(work, error=InputError):
+    """The one line of an error."""
+    with pytest.raises(error) as caught:
+        work()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def train(folder, **flags):
+    return cps.train(cps.Config(output_dir=str(folder), **TINY | flags))
+
+
+def begun(folder, total=None, **flags):
+    """A run that has started, with its network."""
+    run = Run("any", SemiConfig(output_dir=str(folder), **TINY | flags), total)
+    network = DeepLabV3Plus(7, "resnet18", width=8)
+    run.start(run.load(), [network], network=network)
+    return run, network
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key != "seconds"} for line in lines]
+
+
+def saved(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)
 
 
 # --- flags ---
 
 
-def test_the_command_line_is_the_recipe_and_the_flags_win():
-    parse = lambda *argv: parse_config(cps.Config, cps.RECIPES, list(argv))  # noqa: E731
-    assert parse() == cps.Config()
-    assert parse("--dataset", "voc") == cps.Config(**cps.RECIPES["voc"])
-    assert parse("--dataset=voc", "--lr", "0.5", "--no-cutmix").lr == 0.5
-    expected = cps.Config(
-        **cps.RECIPES["cityscapes"] | dict(lam=2.0, resume=True, scales=(1.0, 2.0))
-    )
-    flags = ["--lam", "2", "--resume", "--scales", "1", "2"]
-    assert parse("--dataset", "cityscapes", *flags) == expected
+@dataclass
+class Typed(RunConfig):
+    """A test.
+
+    Of types.
+    """
+
+    share: Share = 0.5  # a share
+    part: Part = 0.5  # 100 % is too much
+    span: Span = (1.0, 2.0)  # from, to
+    many: tuple[float, ...] = (1.0,)  # numbers
+    switch: bool = False  # on or off
+    name: str = ""  # any
 
 
-def test_every_recipe_names_its_dataset_and_only_fields():
-    for name, recipe in cps.RECIPES.items():
-        assert cps.Config(**recipe).dataset == name
+VALUES = {  # of a flag: some that it takes, some that it refuses
+    "share": ([0, 0.0, 1.0], [-0.1, 1.1, math.nan, "half", None, True]),
+    "part": ([0.0, 0.99], [1.0, -0.1]),
+    "span": ([(1.0, 1.0), [1, 2]], [(2.0, 1.0), (1.0,), (1.0, 2.0, 3.0), (0.0, 1.0), 1.0]),
+    "many": ([(3.0, 1.0)], [(), (1.0, 0.0), (math.inf,), 1.0, "1"]),
+    "switch": ([True], ["no", 1, None]),
+    "name": (["x"], [7, None]),
+    "iters": ([1], [0, -3, 2.5, True]),  # Count
+    "lr": ([1e-9, 3], [0.0, -1.0, math.nan, math.inf]),  # Positive
+    "weight_decay": ([0.0], [-1e-4, math.inf]),  # a plain float
+    "workers": ([0, 4], [-1, 0.5]),  # a plain int
+    "batch_size": ([2], [1, 0]),  # Batch
+    "crop_size": ([32, 800], [0, -64, 24, 50]),  # Side
+    "eval_window": ([0, 32, 33], [-5, 16, 31]),  # Window
+    "seed": ([0, 2**32 - 1], [-1, 2**32]),  # Seed
+    "amp": (["none"], ["fp8", None]),
+    "backbone": (["resnet50"], ["vgg16"]),
+}
 
 
-def test_help_has_every_flag_with_the_recipes_value(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_config(cps.Config, cps.RECIPES, ["--dataset", "voc", "--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and "Cross Pseudo Supervision" in text
-    for field in fields(cps.Config):
-        assert f"--{field.name.replace('_', '-')}" in text
-    assert "[39680]" in text and "[IMAGENET1K_V1]" in text
+@pytest.mark.parametrize("name, good, bad", [(k, *v) for k, v in VALUES.items()], ids=VALUES)
+def test_a_value_that_cannot_be_right_is_refused_by_name(name, good, bad, tmp_path):
+    for value in good:
+        check_config(Typed(**{name: value}))
+    for value in bad:
+        cfg = Typed(**{name: value}, output_dir=str(tmp_path / "run"))
+        message = said(partial(Run, "any", cfg))
+        assert message.startswith(f"--{name.replace('_', '-')} {value}: must be ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, hint in (("tpu9", "use auto, cpu"), ("meta", "use auto, cpu"), ("cuda", "use --dev")):
+        message = said(partial(Run, "any", Typed(device=name)))
+        assert message.startswith(f"--device {name}: ") and hint in message
+
+
+RECIPES = {
+    "shapes": {},
+    "voc": dict(dataset="voc", lr=0.5, labeled="1/8"),
+    "voc 1/4": dict(labeled="1/4", lr=0.25, iters=4),
+    "voc resnet101": dict(backbone="resnet101", iters=101, crop_size=64),
+}
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "words, expected",
     [
-        (["--itres", "5"], "--itres"),
-        (["--iters", "many"], "--iters"),
-        (["--dataset", "imagenet"], "--dataset"),
-        (["--backbone", "vgg"], "--backbone"),
-        (["--lr"], "--lr"),
-        (["--dataset"], "--dataset"),
-        (["--iter", "5"], "--iter"),
+        ("", {}),
+        ("--resume --lr 2 --no-supervised-only", dict(resume=True, lr=2.0)),
+        ("--dataset voc", RECIPES["voc"]),
+        ("--lr=0.1 --dataset=voc", RECIPES["voc"] | dict(lr=0.1)),
+        ("--dataset voc --labeled 1/4", RECIPES["voc"] | RECIPES["voc 1/4"]),
+        ("--dataset voc --labeled 1/3", RECIPES["voc"] | dict(labeled="1/3")),
+        ("--labeled 1/4", dict(labeled="1/4")),
+        ("--dataset voc --backbone=resnet101", RECIPES["voc"] | RECIPES["voc resnet101"]),
+        (
+            "--dataset voc --backbone=resnet101 --labeled=1/4 --crop-size 96",
+            RECIPES["voc"] | RECIPES["voc resnet101"] | RECIPES["voc 1/4"] | dict(crop_size=96),
+        ),
     ],
 )
-def test_a_flag_that_cannot_be_read_is_refused(argv, said):
-    with pytest.raises(InputError, match=said) as caught:
-        parse_config(cps.Config, cps.RECIPES, argv)
-    assert "\n" not in str(caught.value)
+def test_the_command_line_is_the_recipe_and_the_flags_win(words, expected):
+    assert parse_config(SemiConfig, RECIPES, words.split()) == SemiConfig(**expected)
+
+
+def test_switches_and_numbers_are_read():
+    words = "--switch --span 1 2.5 --many 3 --part 0 --no-resume"
+    expected = Typed(switch=True, span=(1.0, 2.5), many=(3.0,), part=0.0)
+    assert parse_config(Typed, {"shapes": {}}, words.split()) == expected
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        dict(iters=0),
-        dict(iters=-3),
-        dict(iters=2.5),
-        dict(batch_size=1),
-        dict(batch_size=0),
-        dict(crop_size=0),
-        dict(crop_size=-64),
-        dict(crop_size=50),
-        dict(lr=0.0),
-        dict(lr=-1.0),
-        dict(lr=math.nan),
-        dict(lr=math.inf),
-        dict(weight_decay=-1e-4),
-        dict(eval_every=0),
-        dict(workers=-1),
-        dict(seed=-1),
-        dict(backbone="vgg16"),
-        dict(amp="fp8"),
-        dict(device="tpu9"),
-        dict(weights="nowhere.pth"),
-        dict(weights="IMAGENET9K"),
-        dict(lam=-1.0),
-        dict(lam_cutmix=math.nan),
-        dict(scales=()),
-        dict(scales=(1.0, 0.0)),
-        dict(ema_decay=1.5),
-        dict(ramp=-0.1),
-        dict(width=0),
-        dict(eval_window=-5),
-        dict(eval_window=16),
-        dict(data_path=7),
-        dict(cutmix="no"),
-        dict(scales=1.0),
-        dict(seed=2**64),
-        dict(device="meta"),
-    ],
-    ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()),
+    "words",
+    ["--itres 5", "--iters many", "--dataset imagenet", "--backbone vgg", "--lr", "--dataset"]
+    + ["--iter 5", "--resume yes", "--dataset folder"],
 )
-def test_a_value_that_cannot_be_right_is_refused_by_name(flags, few, tmp_path):
-    said = refusal(output_dir=str(tmp_path / "run"), **{**TINY, **flags})
-    (name,) = flags
-    assert f"--{name.replace('_', '-')}" in said
-    assert not (tmp_path / "run").exists()
+def test_a_flag_that_cannot_be_read_is_refused(words):
+    message = said(lambda: parse_config(SemiConfig, RECIPES, words.split()))
+    assert words.split()[words == "--resume yes"] in message
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused(tmp_path):
-    assert "--device cpu" in refusal(device="cuda", output_dir=str(tmp_path / "run"))
+@dataclass
+class Uncommented(RunConfig):
+    """A test."""
+
+    bare: int = 0
+
+
+@dataclass
+class Optional(RunConfig):
+    """A test."""
+
+    limit: int | None = None  # of something
+
+
+FUTURE = '''"""A fifth script."""
+from __future__ import annotations
+from dataclasses import dataclass
+from common.flags import RunConfig
+@dataclass
+class Config(RunConfig):
+    tau: float = 0.5  # a threshold
+'''
+
+
+def test_who_writes_a_config_is_told_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "fifth.py").write_text(FUTURE)
+    monkeypatch.syspath_prepend(tmp_path)
+    future = import_module("fifth").Config
+    for config, words in (
+        (Uncommented, "Uncommented.bare: write a comment behind it"),
+        (Optional, "Optional.limit: int | None cannot be read .* a value that means none"),
+        (future, "Config.tau: .* remove `from __future__ import annotations`"),
+    ):
+        with pytest.raises(TypeError, match=words.replace("|", r"\|")):
+            parse_config(config, {"shapes": {}}, [])
+        if config is not Uncommented:
+            with pytest.raises(TypeError, match=words.replace("|", r"\|")):
+                check_config(config())
 
 
 # --- the folder ---
 
 
-def test_default_folders_are_numbered_and_resume_takes_the_newest(few, tmp_path, monkeypatch):
+def test_default_folders_are_numbered_and_resume_takes_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = Path("runs/cps-shapes-1_20-s3")
+    name = Path("runs/any-shapes-1_20-s3")
 
-    def folder(**flags):
-        return Run("cps", cps.Config(**{"seed": 3, "labeled": "1/20", **flags})).folder
+    def folder(config=SemiConfig, **flags):
+        return Run("any", config(**dict(seed=3) | flags)).folder
 
-    assert folder() == folder(resume=True) == name
+    def semi(**flags):
+        return folder(**dict(labeled="1/20") | flags)
+
+    assert semi() == semi(resume=True) == name
     for suffix in ("", "-2", "-3"):
-        assert folder() == Path(f"{name}{suffix}")
+        assert semi() == Path(f"{name}{suffix}")
         Path(f"{name}{suffix}").mkdir(parents=True)
         Path(f"{name}{suffix}/config.json").touch()
-        assert folder(resume=True) == Path(f"{name}{suffix}")
-    assert folder(supervised_only=True) == Path(f"{name}-sup")
-    assert folder(labeled="lists/mine.txt") == Path("runs/cps-shapes-mine-s3")
+        assert semi(resume=True) == Path(f"{name}{suffix}")
     (name / "config.json").unlink()  # a gap in the numbers is not filled
-    assert folder() == Path(f"{name}-4") and folder(resume=True) == Path(f"{name}-3")
+    assert semi() == Path(f"{name}-4") and semi(resume=True) == Path(f"{name}-3")
+    assert semi(supervised_only=True) == Path(f"{name}-sup")
+    assert semi(labeled="lists/mine.txt") == Path("runs/any-shapes-mine-s3")
+    assert folder(RunConfig) == Path("runs/any-shapes-s3")
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(few, tmp_path):
-    run = dict(output_dir=str(tmp_path), **{**TINY, "iters": 2})
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(few, light, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")  # no run: no reason to refuse
-    cps.train(cps.Config(**run))
+    train(tmp_path, iters=2)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    assert "--resume" in refusal(**run)
+    assert "--resume" in said(lambda: train(tmp_path, iters=2))
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_is_refused(few, tmp_path):
+def test_a_folder_that_cannot_be_is_refused(few, light, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "--output-dir" in refusal(output_dir=str(tmp_path / "file"), **TINY)
-    assert "--output-dir" in refusal(output_dir=str(tmp_path / "file" / "below"), **TINY)
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"--output-dir {place}: " in said(partial(train, place))
 
 
-def test_outputs_are_complete_and_the_checkpoint_rebuilds_the_model(few, tmp_path):
-    result = cps.train(cps.Config(output_dir=str(tmp_path), **TINY))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+def test_two_runs_that_start_at_once_do_not_share_a_folder(few, light, tmp_path):
+    first, second = (Run("any", SemiConfig(output_dir=str(tmp_path), **TINY)) for _ in range(2))
+    first.start(first.load(), [DeepLabV3Plus(7, "resnet18", width=8)])
+    assert "another run" in said(lambda: second.start(second.load(), []))
+
+
+def test_outputs_are_complete_and_the_checkpoints_rebuild_the_model(few, light, tmp_path):
+    result = train(tmp_path, eval_window=48)
+    lines = logged(tmp_path)
     assert [line["step"] for line in lines if "miou" in line] == [2, 4, 6, 8]
     assert [line["step"] for line in lines if "loss_sup" in line] == list(range(1, 9))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -215,78 +255,33 @@ def test_outputs_are_complete_and_the_checkpoint_rebuilds_the_model(few, tmp_pat
     rows = (tmp_path / "iou.txt").read_text().splitlines()
     assert [row.split("\t")[0] for row in rows] == [*shapes.CLASSES, "mean"]
     assert rows[-1] == f"mean\t{100 * result.miou:.2f}"
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    network = DeepLabV3Plus(**saved["arguments"][0])
-    network.load_state_dict(saved["networks"][0])
-    assert saved["classes"] == shapes.CLASSES and len(saved["colors"]) == 7
-    confusion = evaluate(network, val_loader(load("shapes", "", "4", "", 0), whole_view), 7, "cpu")
-    expected = [None if math.isnan(v) else v for v in cps.iou(confusion).tolist()]
-    assert expected == result.history[-1]["iou"]
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert best["miou"] == max(entry["miou"] for entry in result.history) == saved["best"]
+
+    last, best = saved(tmp_path), saved(tmp_path, "best.pt")
+    model = {"networks", "arguments", "classes", "colors", "step", "miou"}
+    assert set(best) == model and set(last) == model | {"best", "settings", "state"}
+    assert best["miou"] == max(entry["miou"] for entry in result.history) == last["best"]
+    loader = val_loader(load("shapes", "", "4", "", 0), whole_view)
+    for content in (last, best):
+        assert content["classes"] == shapes.CLASSES and len(content["colors"]) == 7
+        network = DeepLabV3Plus(**content["arguments"][0])
+        network.load_state_dict(content["networks"][0])
+        ious = iou(evaluate(network, loader, 7, "cpu", (48, 32)))
+        (entry,) = (e for e in result.history if e["step"] == content["step"])
+        assert entry["iou"] == [None if math.isnan(v) else v for v in ious.tolist()]
+        assert entry["miou"] == content["miou"]
 
 
-def test_a_run_that_diverges_says_so(few, tmp_path):
-    flags = {**TINY, "lr": 1e30, "output_dir": str(tmp_path / "run")}
-    assert "lower --lr" in refusal(**flags)
+def test_a_run_that_diverges_says_so(few, light, tmp_path):
+    assert "lower --lr" in said(lambda: train(tmp_path, lr=1e30))
 
 
-# --- resuming ---
-
-
-def test_resume_refuses_other_flags_and_broken_checkpoints(few, tmp_path):
-    run = {**TINY, "iters": 2, "output_dir": str(tmp_path)}
-    cps.train(cps.Config(**run))
-    for changed in (dict(lr=0.5), dict(iters=9), dict(seed=1), dict(cutmix=False), dict(width=16)):
-        said = refusal(**{**run, **changed}, resume=True)
-        assert f"--{next(iter(changed)).replace('_', '-')}" in said
-    shapes.CLASSES[1], fish = "trout", shapes.CLASSES[1]
-    try:
-        assert "trout" in refusal(**run, resume=True)
-    finally:
-        shapes.CLASSES[1] = fish
-    (tmp_path / "last.pt").write_bytes(b"rubbish")
-    assert "last.pt" in refusal(**run, resume=True)
-
-
-def test_resuming_a_finished_run_gives_its_result(few, tmp_path):
-    run = {**TINY, "iters": 2, "output_dir": str(tmp_path)}
-    first = cps.train(cps.Config(**run))
-    again = cps.train(cps.Config(**run, resume=True, workers=1, device="cpu", data_path="x"))
-    assert again.miou == first.miou and again.history == first.history
-    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_resume_without_a_checkpoint_starts_afresh(few, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_sup": 3.0}\n{"st')
-    cps.train(cps.Config(**{**TINY, "iters": 2}, output_dir=str(tmp_path), resume=True))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
-    assert steps == [1, 2, 2]
-
-
-def test_killed_at_three_steps_and_resumed_the_checkpoint_is_bit_equal(tmp_path):
-    """SIGKILL between checkpoints: the steps after the last one are taken again, exactly."""
-    whole = start(*FLAGS, "--output-dir", str(tmp_path / "whole"))
-    cut = tmp_path / "cut"
-    for stop in (3, 4, 7):
-        process = start(*FLAGS, "--output-dir", str(cut), "--resume")
-        log = cut / "log.jsonl"
-        while not (log.exists() and f'"step": {stop}, "loss_sup"' in log.read_text()):
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    finish(start(*FLAGS, "--output-dir", str(cut), "--resume"))
-    finish(whole)
-    for name in ("last.pt", "best.pt", "iou.txt", "panels.png"):
-        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    logs = [
-        [{**json.loads(line), "seconds": 0} for line in (folder / "log.jsonl").open()]
-        for folder in (cut, tmp_path / "whole")
-    ]
-    assert logs[0] == logs[1]
+def test_weights_that_are_not_finite_are_not_saved(few, light, tmp_path):
+    run, network = begun(tmp_path)
+    run.record(0, torch.ones(7))
+    kept = (tmp_path / "last.pt").read_bytes()
+    network.classifier.bias.data[0] = math.nan
+    assert "diverged" in said(lambda: run.record(1, torch.ones(7)))
+    assert (tmp_path / "last.pt").read_bytes() == kept
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -304,129 +299,167 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_weights_that_are_not_finite_are_not_saved(few, tmp_path):
-    run = Run("cps", cps.Config(output_dir=str(tmp_path)))
-    network = DeepLabV3Plus(7, "resnet18", width=8)
-    run.start([network], load("shapes", "", "4", "", 0), state={})
-    run.record(0, torch.ones(7))
-    kept = (tmp_path / "last.pt").read_bytes()
-    network.classifier.bias.data[0] = math.nan
-    with pytest.raises(InputError, match="diverged"):
-        run.record(1, torch.ones(7))
-    assert (tmp_path / "last.pt").read_bytes() == kept
+# --- steps ---
 
 
-def test_two_runs_that_start_at_once_do_not_share_a_folder(few, tmp_path):
-    first, second = (Run("cps", cps.Config(output_dir=str(tmp_path))) for _ in range(2))
-    start = [DeepLabV3Plus(7, "resnet18", width=8)], load("shapes", "", "4", "", 0), {}
-    first.start(*start)
-    with pytest.raises(InputError, match="another run"):
-        second.start(*start)
+def test_nothing_of_a_run_is_known_before_its_start(few, light, tmp_path):
+    """A loader made then would begin at step 0, and a resumed run replay its batches."""
+    run = Run("any", SemiConfig(output_dir=str(tmp_path / "run"), **TINY))
+    for early in (
+        lambda: run.first,
+        lambda: run.history,
+        lambda: run.batches("labeled", whole_view),
+        lambda: next(run.loop()),
+        lambda: run.evaluate(1),
+        lambda: run.record(1, torch.ones(7)),
+        lambda: run.note(1, "stage"),
+        lambda: run.save(1),
+        lambda: run.finish(),
+    ):
+        assert "before Run.start" in said(early, AttributeError)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_and_steps_go_on_where_the_run_does(few, light, tmp_path):
+    whole, _ = begun(tmp_path)
+    batches = [images for images, _ in whole.batches("unlabeled", whole_view, begin=2)]
+    assert list(whole.loop()) == list(range(8)) and len(batches) == 6
+    for done, left in ((1, 6), (5, 3)):
+        whole.save(done - 1)
+        run, _ = begun(tmp_path, resume=True)
+        rest = [images for images, _ in run.batches("unlabeled", whole_view, begin=2)]
+        assert list(run.loop()) == list(range(done, 8)) and len(rest) == left
+        assert all(torch.equal(a, b) for a, b in zip(batches[-left:], rest, strict=True))
+
+
+def test_each_step_and_process_has_its_own_seed(few, light, tmp_path):
+    run, _ = begun(tmp_path)
+    seeds = []
+    for run.rank in (0, 1, 0):
+        seeds.append([torch.initial_seed() for _ in run.loop(range(3))])
+    assert seeds[0] == seeds[2] and len(set(seeds[0] + seeds[1])) == 6
+    run.seed(2)
+    assert torch.initial_seed() == seeds[0][2]
+
+
+def test_stages_are_noted_and_saved(few, light, tmp_path, capsys):
+    run, _ = begun(tmp_path, total=20)
+    assert (run.total, [run.due(step) for step in (0, 1, 18, 19)]) == (
+        20,
+        [False, True, False, True],
+    )
+    run.note(2, "first", good=0.5, bad=math.nan)
+    assert not (tmp_path / "last.pt").exists() and "bad" not in capsys.readouterr().out
+    run.save(4)
+    for run.rank in (0, 1):  # the second process is silent
+        run.note(4 + run.rank, "second", other=1)
+    run.save(6)
+    assert saved(tmp_path)["step"] == 5
+    assert logged(tmp_path) == [
+        {"step": 3, "stage": "first", "good": 0.5, "bad": None},
+        {"step": 5, "stage": "second", "other": 1.0},
+    ]
+
+
+# --- resuming ---
+
+
+def test_resume_refuses_other_flags_and_broken_checkpoints(few, light, tmp_path, monkeypatch):
+    train(tmp_path, iters=2)
+    resume = lambda **flags: said(lambda: train(tmp_path, **dict(iters=2) | flags, resume=True))  # noqa: E731
+    for changed in (dict(lr=0.5), dict(iters=9), dict(seed=1), dict(cutmix=False), dict(width=16)):
+        assert f"--{next(iter(changed)).replace('_', '-')}" in resume(**changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "CLASSES", ["ground", "trout", *shapes.CLASSES[2:]])
+        assert "trout" in resume()
+    (tmp_path / "last.pt").write_bytes(b"rubbish")
+    assert "last.pt" in resume()
+
+
+def test_resuming_a_finished_run_gives_its_result(few, light, tmp_path):
+    first = train(tmp_path, iters=2)
+    again = train(tmp_path, iters=2, resume=True, workers=1, device="cpu", data_path="x")
+    assert again.miou == first.miou and again.history == first.history
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_without_a_checkpoint_starts_afresh(few, light, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_sup": 3.0}\n{"st')
+    train(tmp_path, iters=2, resume=True)
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 2]
+    assert json.loads((tmp_path / "config.json").read_text())["iters"] == 2
+
+
+def test_killed_at_three_steps_and_resumed_the_checkpoint_is_bit_equal(few, light, tmp_path):
+    """SIGKILL between checkpoints: the steps after the last one are taken again, exactly."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole)
+    for stop in (3, 4, 7):
+        process = start("cps", *flags, "--output-dir", cut, "--resume")
+        log = cut / "log.jsonl"
+        line = f'"step": {stop}, "loss_sup"'
+        while process.poll() is None and not (log.exists() and line in log.read_text()):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    finish(start("cps", *flags, "--output-dir", cut, "--resume"))
+    for name in ("last.pt", "best.pt", "iou.txt", "panels.png"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    assert logged(cut) == logged(whole)
 
 
 # --- several processes ---
 
 
-def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
-    def gather(errors, own):
-        assert own is None
-        errors[:] = [own, "a file: is broken"]
-
+def test_statistics_and_gradients_are_averaged_and_nothing_else(monkeypatch):
+    """As if the sum over two processes added 4."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(InputError, match="a file: is broken"):
-        in_all_processes(lambda: None)
-
-
-def test_statistics_are_averaged_and_nothing_else(few, tmp_path, monkeypatch):
-    run = Run("cps", cps.Config(output_dir=str(tmp_path)))
-    run.world = 2
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(4))  # of 1 and 5, say
-    network = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(4))
+    network = nn.Sequential(nn.BatchNorm2d(2))
     network.register_buffer("bank", torch.ones(2))
     network[0].running_mean.fill_(2)
-    run.average_buffers(network)
+    average_buffers(network)
     assert network[0].running_mean.tolist() == [3, 3] and network.bank.tolist() == [1, 1]
+    network[0].weight.grad = torch.zeros(2)
+    average_gradients(network)
+    assert network[0].weight.grad.tolist() == [2, 2] and network[0].bias.grad is None
+    assert network[0].weight.tolist() == [1, 1]
 
 
-def test_each_step_and_process_has_its_own_seed(few, tmp_path):
-    run = Run("cps", cps.Config(output_dir=str(tmp_path)))
-    seeds = []
-    for run.rank in (0, 1, 0):
-        loop = run.loop()
-        seeds.append([(next(loop), torch.initial_seed())[1] for _ in range(3)])
-    assert seeds[0] == seeds[2] and len(set(seeds[0] + seeds[1])) == 6
+# --- the guard ---
 
 
-def test_two_processes_train_one_model_and_count_every_picture_once(tmp_path, monkeypatch):
-    saved = tmp_path / "saved"
-    flags = [*FLAGS, "--iters=2", "--output-dir", str(tmp_path / "run")]
-    out = finish(start("--check", str(saved), *flags, processes=2))
-    assert out.count("validation pictures") == 1  # the first process alone prints
-    first, second = (torch.load(f"{saved}-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first["miou"] == second["miou"] and first["pictures"] + second["pictures"] == 5
-    for name, value in first["weights"].items():
-        assert torch.equal(value, second["weights"][name]), name
-
-    monkeypatch.setattr(shapes, "COUNTS", {"train": 12, "val": 5})
-    torch.manual_seed(7)
-    network = DeepLabV3Plus(7, "resnet18", width=8)
-    loader = val_loader(load("shapes", "", "4", "", 0), whole_view)
-    alone = evaluate(network, loader, 7, "cpu")
-    assert torch.equal(first["confusion"], alone) and torch.equal(second["confusion"], alone)
-    assert alone.sum() == 5 * shapes.SIZE**2
+def guard(monkeypatch, capsys, *words):
+    """What a script says that ends with status 2."""
+    monkeypatch.setattr(sys, "argv", ["any.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main(cps.train, cps.Config, cps.RECIPES)
+    assert end.value.code == 2
+    return capsys.readouterr().err
 
 
-def test_a_bad_flag_ends_all_processes(tmp_path):
-    process = start("--lr=-1", "--output-dir", str(tmp_path / "run"), processes=2)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode != 0 and err.count("few_shapes.py: --lr -1.0") == 1
-    assert not (tmp_path / "run").exists()
+def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, capsys):
+    for rank, message in (("0", "any.py: --lr 0.0: must be positive\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert guard(monkeypatch, capsys, "--lr=0") == message
 
 
-# --- as a program, and in a plain interpreter ---
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_breaks_midway_is_named(workers, light, tmp_path, monkeypatch, capsys):
+    """Unlabelled pictures are first decoded when drawn; a loader process hands its error over.
 
-
-def test_bad_input_ends_with_one_line_and_status_2(tmp_path):
-    for flags in (["--itres=5"], ["--labeled=1/999"], ["--dataset=folder", "--data-path=nowhere"]):
-        process = start(*flags, "--output-dir", str(tmp_path / "run"))
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 2 and err.count("\n") == 1 and "Traceback" not in err
-        assert flags[-1].split("=")[0] in err
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_picture_that_breaks_midway_is_named(workers, tmp_path, monkeypatch, capsys):
-    """Unlabelled pictures are first decoded when drawn; a loader process hands its error over."""
+    Of several processes the one that meets it says so, whichever it is.
+    """
     root = trees.folder_tree(tmp_path / "data")
     for path in sorted((root / "images" / "train").glob("*"))[1:]:
         path.write_bytes(path.read_bytes()[:300])
-    flags = "--dataset folder --labeled 1/6 --weights none --backbone resnet18 --iters 2"
-    flags += " --batch-size 2 --crop-size 32 --width 8"
-    where = ["--data-path", str(root), "--output-dir", str(tmp_path / "run"), "--workers", workers]
-    monkeypatch.setattr(sys, "argv", ["cps.py", *flags.split(), *where])
-    with pytest.raises(SystemExit) as end:
-        main(cps.train, cps.Config, cps.RECIPES)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith(f"cps.py: {root}") and said.count("\n") == 1
-
-
-def test_import_has_no_side_effects():
-    code = (
-        "import random, numpy, torch; torch.manual_seed(3); a = torch.get_rng_state(); "
-        "import cps; assert torch.equal(a, torch.get_rng_state()); "
-        "assert not torch.cuda.is_initialized()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_train_works_in_a_plain_interpreter(tmp_path):
-    code = "import cps; print(cps.train(cps.Config(iters=1, batch_size=2, width=8)).miou)"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and 0 <= float(done.stdout.split()[-1]) <= 1, done.stderr
+    flags = "--dataset folder --labeled 1/6 --weights none --backbone resnet18 --iters 2 --width 8"
+    flags += f" --batch-size 2 --crop-size 32 --workers {workers}"
+    where = ["--data-path", root, "--output-dir", tmp_path / "run"]
+    monkeypatch.setenv("RANK", "1")
+    err = guard(monkeypatch, capsys, *flags.split(), *where)
+    assert err.startswith(f"any.py: {root}") and err.count("\n") == 1

@@ -18,7 +18,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 import trees
-from few_shapes import COUNTS, ROOT, TINY, finish, score, start
+from few_shapes import COUNTS, ROOT, TINY, finish, shared, start
 from torch import nn
 
 from common import shapes
@@ -116,8 +116,10 @@ def guard(name, monkeypatch, *words):
     ids=lambda value: value if isinstance(value, str) else " ".join(argv(value)) or "plain",
 )
 def test_a_short_run_moves_all_weights_and_leaves_its_files(
-    name, flags, few, tmp_path, monkeypatch
+    name, flags, few, tmp_path, monkeypatch, request
 ):
+    if flags:
+        request.getfixturevalue("light")  # the first of a script's runs has a real ResNet
     begin, networks, before = Run.start, [], []
 
     def note(run, data, model, **state):
@@ -198,13 +200,15 @@ def test_two_processes_train_one_model(name, both):
         assert torch.equal(value, second["weights"][key]), key
 
 
-def test_two_processes_count_every_picture_once(both, few):
-    alone = score()
+def test_two_processes_count_every_picture_once_and_share_rows_and_errors(both, few, light):
+    alone = shared()
     assert alone["confusion"].sum() == COUNTS["val"] * shapes.SIZE**2
-    assert sum(saved["pictures"] for saved in both) == COUNTS["val"]
+    assert [saved["pictures"] for saved in both] == [3, 2]
     for saved in both:
-        assert saved["pictures"] < COUNTS["val"]
         assert torch.equal(saved["confusion"], alone["confusion"])
+        rows = alone["gathered"]
+        assert torch.equal(saved["gathered"], torch.cat([rows, rows + 10]))
+        assert saved["error"] == "a file: is broken for process 1"
 
 
 # --- flags and recipes ---

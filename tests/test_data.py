@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import time
@@ -18,9 +19,9 @@ from PIL import Image
 
 from common import shapes
 from common.augment import train_view, whole_view
-from common.data import Data, _choose_labeled, check, load, training_loader, val_loader
-from common.layouts import read_image, read_mask
-from common.run import InputError
+from common.data import _choose_labeled, check, load, training_loader, val_loader
+from common.flags import InputError
+from common.layouts import Data, read_image, read_mask
 
 
 @pytest.fixture
@@ -28,14 +29,37 @@ def root(tmp_path):
     return trees.folder_tree(tmp_path / "set")
 
 
+@pytest.fixture
+def listed(tmp_path):
+    """listed(content): a list file."""
+
+    def write(content):
+        path = tmp_path / "list.txt"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def loaded(root, labeled="all", unlabeled="", dataset="folder"):
+    """The lists, checked as a run checks them at its start."""
+    data = load(dataset, str(root), str(labeled), str(unlabeled), 0)
+    check(data)
+    return data
+
+
 def names(pairs):
     return [Path(image).stem for image, _ in pairs]
 
 
-def message(root, labeled="all", unlabeled="", dataset="folder"):
+def folders(pairs):
+    return {Path(mask).parent.name for _, mask in pairs}
+
+
+def message(*args, **kwargs):
     """What the user reads when this input is refused: always one line."""
     with pytest.raises(InputError) as caught:
-        check(load(dataset, str(root), str(labeled), str(unlabeled), 0))
+        loaded(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -44,8 +68,7 @@ def message(root, labeled="all", unlabeled="", dataset="folder"):
 
 
 def test_folder_layout(root):
-    data = load("folder", str(root), "1/2", "", 0)
-    check(data)
+    data = loaded(root, "1/2")
     assert names(data.labeled) == ["000", "002", "004"]
     assert names(data.unlabeled) == ["001", "003", "005"]
     assert names(data.val) == ["000", "001", "002"]
@@ -54,46 +77,42 @@ def test_folder_layout(root):
 
 
 def test_folder_layout_takes_subfolders_and_any_suffix_case(root):
-    (root / "images/train/day").mkdir()
-    (root / "masks/train/day").mkdir()
-    shutil.move(root / "images/train/000.jpg", root / "images/train/day/000.JPG")
-    shutil.move(root / "masks/train/000.png", root / "masks/train/day/000.png")
-    data = load("folder", str(root), "all", "", 0)
-    check(data)
+    for kind, name in (("images", "000.jpg"), ("masks", "000.png")):
+        (root / kind / "train/day").mkdir()
+        shutil.move(root / kind / "train" / name, root / kind / "train/day" / name)
+    shutil.move(root / "images/train/day/000.jpg", root / "images/train/day/000.JPG")
+    data = loaded(root)
     assert len(data.labeled) == 6 and data.labeled[-1][0].endswith("day/000.JPG")
+
+
+def test_hidden_files_are_no_pictures(root):
+    (root / "images/train/._000.jpg").write_bytes(b"\x00\x05\x16\x07")
+    assert names(loaded(root, "1/2").labeled) == ["000", "002", "004"]
 
 
 @pytest.mark.parametrize("below", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
 def test_voc_layout_without_the_augmented_masks(tmp_path, below):
     trees.voc_tree(tmp_path, aug=False)
-    data = load("voc", str(tmp_path / below), "all", "", 0)
-    check(data)
+    data = loaded(tmp_path / below, dataset="voc")
     assert names(data.labeled) == list(trees.VOC_TRAIN)
     assert names(data.val) == list(trees.VOC_VAL)
-    masks = {Path(mask).parent.name for _, mask in data.labeled + data.val}
-    assert masks == {"SegmentationClass"}
+    assert folders(data.labeled + data.val) == {"SegmentationClass"}
     assert len(data.classes) == 21 and data.classes[15] == "person"
-    assert [data.colors[k] for k in (0, 1, 2, 15)] == [
-        (0, 0, 0),
-        (128, 0, 0),
-        (0, 128, 0),
-        (192, 128, 128),
-    ]
+    colors = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 15: (192, 128, 128)}
+    assert {k: data.colors[k] for k in colors} == colors
 
 
 def test_voc_augmented_masks_never_bring_validation_pictures_into_training(tmp_path):
-    data = load("voc", str(trees.voc_tree(tmp_path, aug=True)), "1/2", "", 0)
-    check(data)
+    data = loaded(trees.voc_tree(tmp_path, aug=True), "1/2", dataset="voc")
     train = sorted(trees.VOC_TRAIN + trees.VOC_EXTRA)
     assert names(data.labeled) == train[::2] and names(data.unlabeled) == train[1::2]
-    assert {Path(mask).parent.name for _, mask in data.labeled} == {"SegmentationClassAug"}
     assert names(data.val) == list(trees.VOC_VAL)
-    assert {Path(mask).parent.name for _, mask in data.val} == {"SegmentationClass"}
+    assert folders(data.labeled) == {"SegmentationClassAug"}
+    assert folders(data.val) == {"SegmentationClass"}
 
 
 def test_cityscapes_layout_and_label_ids(tmp_path):
-    data = load("cityscapes", str(trees.cityscapes_tree(tmp_path)), "1/2", "", 0)
-    check(data)
+    data = loaded(trees.cityscapes_tree(tmp_path), "1/2", dataset="cityscapes")
     assert [Path(i).name[:13] for i, _ in data.labeled] == ["aachen_000000", "zurich_000000"]
     assert len(data.unlabeled) == 2 and len(data.val) == 2
     assert (data.classes[0], data.classes[13], data.classes[18]) == ("road", "car", "bicycle")
@@ -104,25 +123,17 @@ def test_cityscapes_layout_and_label_ids(tmp_path):
     assert label[0, 0, :35].tolist() == expected
 
 
-def test_cityscapes_refuses_masks_of_train_ids(tmp_path):
+def test_cityscapes_refuses_masks_of_train_ids(tmp_path, listed):
     """Their values are legal label ids, but stand for other classes."""
     root = trees.cityscapes_tree(tmp_path)
     image = next(root.glob("leftImg8bit/train/*/*.png"))
     mask = next(root.glob("gtFine/train/*/*_labelIds.png"))
     copy = mask.with_name(mask.name.replace("labelIds", "labelTrainIds"))
     copy.write_bytes(mask.read_bytes())
-    listed = tmp_path / "list.txt"
-    listed.write_text(f"/{image.relative_to(root)} /{copy.relative_to(root)}\n")
-    with pytest.raises(InputError, match="trainIds.*list the picture alone"):
-        load("cityscapes", str(root), str(listed), "", 0)
-
-
-def test_cityscapes_refuses_ids_that_do_not_exist(tmp_path):
-    trees.cityscapes_tree(tmp_path)
-    mask = tmp_path / "gtFine/val/lindau/lindau_000001_000019_gtFine_labelIds.png"
-    trees.save_mask(mask, np.full((trees.HEIGHT, trees.WIDTH), 40), palette=False)
-    text = message(tmp_path, dataset="cityscapes")
-    assert str(mask) in text and "values 40; allowed are 0 to 33" in text
+    path = listed(f"/{image.relative_to(root)} /{copy.relative_to(root)}\n")
+    assert "trainIds, but labelIds are read; list the picture alone" in message(
+        root, path, dataset="cityscapes"
+    )
 
 
 def test_palette_masks_keep_indices_and_void(tmp_path):
@@ -182,66 +193,68 @@ LIST_LINES = {
 
 
 @pytest.mark.parametrize("text", LIST_LINES.values(), ids=LIST_LINES)
-def test_list_files(root, tmp_path, text):
-    path = tmp_path / "labeled.txt"
-    path.write_bytes(text.encode())
-    data = load("folder", str(root), str(path), "", 0)
-    check(data)
+def test_list_files(root, listed, text):
+    data = loaded(root, listed(text))
     assert names(data.labeled) == ["001", "003"]
     assert [Path(mask).name for _, mask in data.labeled] == ["001.png", "003.png"]
     # Pictures named by path are known for labelled too, and leave the unlabelled ones.
     assert names(data.unlabeled) == ["000", "002", "004", "005"]
 
 
-def test_list_pairs_may_take_masks_from_elsewhere(root, tmp_path):
+def test_list_pairs_may_take_masks_from_elsewhere(root, listed):
     shutil.move(root / "masks/train/000.png", root / "extra mask.png")
-    (tmp_path / "list.txt").write_text("/images/train/000.jpg\t/extra mask.png\n")
-    data = load("folder", str(root), str(tmp_path / "list.txt"), "", 0)
-    check(data)
-    expected = str(root / "images/train/000.jpg"), str(root / "extra mask.png")
-    assert data.labeled == [expected]
+    data = loaded(root, listed("/images/train/000.jpg\t/extra mask.png\n"))
+    assert data.labeled == [(str(root / "images/train/000.jpg"), str(root / "extra mask.png"))]
+
+
+def test_a_listed_path_may_hold_a_space(root, listed):
+    shutil.move(root / "images/train/005.jpg", root / "images/my cat.jpg")
+    assert names(loaded(root, "1/2", listed("images/my cat.jpg\n")).unlabeled) == ["my cat"]
+
+
+def test_an_unlabelled_list_of_pairs_needs_no_masks(root, listed):
+    """The papers' unlabelled lists have a mask column; those who have no masks use them too."""
+    (root / "masks/train/005.png").unlink()
+    path = listed("/images/train/005.jpg /masks/train/005.png\n")
+    assert names(loaded(root, "1/2", path).unlabeled) == ["005"]
 
 
 def test_all_means_every_training_picture_with_a_mask(root):
     (root / "masks/train/002.png").unlink()
-    data = load("folder", str(root), "all", "", 0)
+    data = loaded(root, "all")
     assert names(data.labeled) == ["000", "001", "003", "004", "005"]
     assert names(data.unlabeled) == ["002"]
 
 
 def test_when_all_are_labelled_the_same_pictures_serve_as_unlabelled(root):
-    data = load("folder", str(root), "all", "", 0)
+    data = loaded(root, "all")
     assert names(data.unlabeled) == names(data.labeled) and len(data.unlabeled) == 6
     assert {mask for _, mask in data.unlabeled} == {None}
 
 
-def test_unlabelled_list_and_folder(root, tmp_path):
+def test_unlabelled_list_and_folder(root, tmp_path, listed):
     rng = np.random.default_rng(0)
     for name in ("b.png", "a.jpg", "deep/c.bmp"):
         trees.save_picture(tmp_path / "web" / name, rng)
     (tmp_path / "web" / "notes.txt").write_text("no picture")
-    data = load("folder", str(root), "1/3", str(tmp_path / "web"), 0)
-    check(data)
+    data = loaded(root, "1/3", tmp_path / "web")
     assert names(data.labeled) == ["000", "003"] and names(data.unlabeled) == ["a", "b", "c"]
 
     # A list may name a picture that is labelled too, by id or by path.
-    (tmp_path / "list.txt").write_text("/images/train/004.jpg\n000\n")
-    data = load("folder", str(root), "1/3", str(tmp_path / "list.txt"), 0)
+    data = loaded(root, "1/3", listed("/images/train/004.jpg\n000\n"))
     assert names(data.unlabeled) == ["000", "004"]
     assert {mask for _, mask in data.unlabeled} == {None}
 
 
 @pytest.mark.parametrize("unlabeled", ["", "list"])
-def test_no_mask_of_an_unlabelled_picture_is_ever_opened(root, tmp_path, monkeypatch, unlabeled):
+def test_no_mask_of_an_unlabelled_picture_is_ever_opened(root, listed, monkeypatch, unlabeled):
     """Their masks are broken or gone; neither the check nor the loader may notice."""
     for name in ("001", "002", "004"):
         (root / f"masks/train/{name}.png").write_bytes(b"broken")
     (root / "masks/train/005.png").unlink()
     if unlabeled:
-        (tmp_path / "list.txt").write_text("001\n002\n004\n005\n")
-        unlabeled = str(tmp_path / "list.txt")
-    opened = Counter()
-    real = Image.open
+        unlabeled = str(listed("001\n002\n004\n005\n"))
+    opened, real = Counter(), Image.open
 
     def spy(path, *args, **kwargs):
         opened[Path(path).relative_to(root).as_posix()] += 1
@@ -264,43 +277,37 @@ def test_no_mask_of_an_unlabelled_picture_is_ever_opened(root, tmp_path, monkeyp
 
 def fake_data(root, labeled):
     pairs = [(f"{root}/images/{k}.jpg", f"{root}/masks/{k}.png") for k in range(468)]
-    return Data(
-        ["sky", "road"],
-        [(0, 0, 0), (128, 0, 0)],
-        pairs[:labeled],
-        [(image, None) for image, _ in pairs[labeled:367]],
-        pairs[367:],
-        root,
-        np.arange(256, dtype=np.uint8),
-    )
+    lookup, colors = np.arange(256, dtype=np.uint8), [(0, 0, 0), (128, 0, 0)]
+    data = Data(root, ["sky", "road"], colors, dict(enumerate(pairs[:367])), pairs[367:], lookup)
+    return replace(data, labeled=pairs[:labeled], unlabeled=pairs[labeled:367])
 
 
 def test_summary():
-    expected = (
-        "46 labelled, 321 unlabelled, 101 validation pictures; labelled list HASH\n"
-        "2 classes: sky, road"
-    )
     text = fake_data("/data/camvid", 46).summary()
     digest = text.split("labelled list ")[1].split()[0]
-    assert text.replace(digest, "HASH") == expected
+    assert text == (
+        f"46 labelled, 321 unlabelled, 101 validation pictures; labelled list {digest}\n"
+        "2 classes: sky, road"
+    )
     assert fake_data("D:/elsewhere", 46).summary() == text
     assert digest not in fake_data("/data/camvid", 45).summary()
 
 
-def test_summary_names_the_same_list_wherever_the_root_is(root, tmp_path):
+def test_summary_names_the_same_list_wherever_the_root_is(root, tmp_path, monkeypatch):
     moved = shutil.copytree(root, tmp_path / "other place" / "set")
-    first, second = (load("folder", str(r), "1/2", "", 0).summary() for r in (root, moved))
-    assert first == second
-    assert first != load("folder", str(root), "1/3", "", 0).summary()
-
-
-def test_summary_names_the_same_list_from_inside_the_root(root, monkeypatch):
-    outside = load("folder", str(root), "1/2", "", 0).summary()
+    first, second = (loaded(place, "1/2").summary() for place in (root, moved))
     monkeypatch.chdir(root)
-    assert load("folder", ".", "1/2", "", 0).summary() == outside
+    assert first == second == loaded(".", "1/2").summary() != loaded(root, "1/3").summary()
 
 
 # --- refusals ---
+
+
+IMAGE, MASK = "images/train/000.jpg", "masks/train/000.png"
+VAL, VAL_MASK = "images/val/000.jpg", "masks/val/000.png"
+PNG, ODD = "images/train/000.png", np.pad([[2, 7, 255]], ((0, 47), (0, 61)))  # of 3 classes
+LIST, GONE = "ImageSets/Segmentation/val.txt", "JPEGImages/2007_000039.jpg"
+IDS = "gtFine/val/lindau/lindau_000001_000019_gtFine_labelIds.png"
 
 
 def empty(folder):
@@ -309,104 +316,95 @@ def empty(folder):
 
 
 def cut(path):
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 2 // 3])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
 
 
-def deep_picture(root):
-    (root / "images/train/000.jpg").unlink()
-    Image.fromarray(np.zeros((48, 64), np.uint16)).save(root / "images/train/000.png")
+def deepen(path):
+    path.unlink()
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(path.with_suffix(".png"))
 
 
-def bad_value(root, split="train"):
-    values = np.zeros((48, 64))
-    values[0, :3] = 2, 7, 255
-    trees.save_mask(root / f"masks/{split}/000.png", values)
+def convert(mode):
+    return lambda path: Image.open(path).convert(mode).save(path)
 
 
-def recoloured(root, mode):
-    path = root / "masks/train/000.png"
-    Image.open(path).convert(mode).save(path)
+def paint(values):
+    return partial(trees.save_mask, values=values, palette=False)
 
 
-def deep_mask(root):
-    Image.fromarray(np.zeros((48, 64), np.uint16)).save(root / "masks/train/000.png")
+def draw(*size):
+    return lambda path: trees.save_picture(path, np.random.default_rng(0), *size)
 
 
-def small_validation(root):
-    trees.save_picture(root / "images/val/000.jpg", np.random.default_rng(0), 24, 64)
-    trees.save_mask(root / "masks/val/000.png", np.zeros((24, 64)))
-
-
-IMAGE, MASK = "images/train/000.jpg", "masks/train/000.png"
-BROKEN = {  # what is done to the tree; the file that the message names; words in it
-    "root missing": (shutil.rmtree, "", ["no such folder"]),
-    "root empty": (empty, "classes.txt", ["missing"]),
-    "classes missing": (lambda r: (r / "classes.txt").unlink(), "classes.txt", ["missing"]),
-    "one class": (
-        lambda r: (r / "classes.txt").write_text("cat\n\n"),
-        "classes.txt",
-        ["lists 1 classes", "2 to 254"],
-    ),
-    "classes not UTF-8": (
-        lambda r: (r / "classes.txt").write_bytes(b"caf\xe9\nbar\n"),
-        "classes.txt",
-        ["UTF-8"],
-    ),
-    "no train folder": (lambda r: shutil.rmtree(r / "images/train"), "images/train", ["missing"]),
-    "no train picture": (lambda r: empty(r / "images/train"), "", ["no training picture"]),
-    "no val picture": (lambda r: empty(r / "images/val"), "", ["no validation picture"]),
-    "picture is text": (
-        lambda r: (r / IMAGE).write_text("hello"),
-        IMAGE,
-        ["not a readable picture"],
-    ),
-    "picture empty": (lambda r: (r / IMAGE).write_bytes(b""), IMAGE, ["not a readable picture"]),
-    "picture cut short": (lambda r: cut(r / IMAGE), IMAGE, ["not a readable picture", "truncated"]),
-    "val picture cut short": (
-        lambda r: cut(r / "images/val/001.jpg"),
-        "images/val/001.jpg",
-        ["not a readable picture"],
-    ),
-    "picture of 16 bits": (deep_picture, "images/train/000.png", ["mode I", "8-bit"]),
-    "mask is text": (lambda r: (r / MASK).write_text("hello"), MASK, ["not a readable mask"]),
-    "mask cut short": (lambda r: cut(r / MASK), MASK, ["not a readable mask"]),
-    "mask value": (bad_value, MASK, ["values 0, 2, 7, 255;", "0 to 2", "255", "3 classes"]),
-    "val mask value": (
-        lambda r: bad_value(r, "val"),
-        "masks/val/000.png",
-        ["values 0, 2, 7, 255;"],
-    ),
-    "mask RGB": (lambda r: recoloured(r, "RGB"), MASK, ["RGB", "class indices"]),
-    "mask RGBA": (lambda r: recoloured(r, "RGBA"), MASK, ["RGBA", "class indices"]),
-    "mask of 16 bits": (deep_mask, MASK, ["mode I", "8-bit"]),
+# What is damaged, and how (None: it goes); the file that the message names, and a pattern in it.
+FOLDER = {
+    "root missing": ("", None, "", "no such folder"),
+    "root empty": ("", empty, "classes.txt", "missing"),
+    "classes missing": ("classes.txt", None, "classes.txt", "missing"),
+    "one class": ("classes.txt", b"cat\n\n", "classes.txt", "lists 1 classes, must be 2 to 254"),
+    "classes not UTF-8": ("classes.txt", b"caf\xe9\nbar\n", "classes.txt", "UTF-8"),
+    "no train folder": ("images/train", None, "images/train", "missing"),
+    "no train picture": ("images/train", empty, "", "no training picture"),
+    "no val picture": ("images/val", empty, "", "no validation picture"),
+    "picture is text": (IMAGE, b"hello", IMAGE, "not a readable picture"),
+    "picture empty": (IMAGE, b"", IMAGE, "not a readable picture"),
+    "picture cut short": (IMAGE, cut, IMAGE, "not a readable picture .*truncated"),
+    "val picture cut short": (VAL, cut, VAL, "not a readable picture"),
+    "picture of 16 bits": (IMAGE, deepen, PNG, "has Pillow mode I.*8-bit RGB"),
+    "mask is text": (MASK, b"hello", MASK, "not a readable mask"),
+    "mask cut short": (MASK, cut, MASK, "not a readable mask"),
+    "mask value": (MASK, paint(ODD), MASK, "values 0, 2, 7, 255; .* 0 to 2, and 255 .*3 classes"),
+    "val mask value": (VAL_MASK, paint(ODD), VAL_MASK, "values 0, 2, 7, 255;"),
+    "mask RGB": (MASK, convert("RGB"), MASK, "mode RGB; a mask must be a PNG of class indices"),
+    "mask RGBA": (MASK, convert("RGBA"), MASK, "mode RGBA; a mask must be a PNG of class indices"),
+    "mask of 16 bits": (MASK, deepen, MASK, "has Pillow mode I.*class indices, 8-bit"),
     "mask turned": (
-        lambda r: trees.save_mask(r / MASK, np.zeros((64, 48))),
         MASK,
-        ["48 x 64", "64 x 48", IMAGE],
+        paint(np.zeros((64, 48))),
+        MASK,
+        f"is 48 x 64 pixels, its picture .*{IMAGE} 64 x 48",
     ),
-    "no mask at all": (lambda r: empty(r / "masks/train"), "", ["no training picture has a mask"]),
-    "val picture without mask": (
-        lambda r: (r / "masks/val/002.png").unlink(),
-        "images/val/002.jpg",
-        ["without a mask"],
-    ),
-    "small val picture": (small_validation, "images/val/000.jpg", ["32 x 32"]),
-    "two of one stem": (
-        lambda r: trees.save_picture(r / "images/train/000.png", np.random.default_rng(0)),
-        "images/train/000.png",
-        [IMAGE, "same name"],
-    ),
+    "no mask at all": ("masks/train", empty, "", "no training picture has a mask"),
+    "val picture without mask": (VAL_MASK, None, VAL, "without a mask"),
+    "small val picture": (VAL, draw(24, 64), VAL, "32 x 32"),
+    "two of one stem": (PNG, draw(), PNG, f"has the same name as .*{IMAGE}"),
 }
+VOC = {
+    "no pictures": ("JPEGImages", None, "JPEGImages", "missing"),
+    "no list": (LIST, None, LIST, "missing"),
+    "picture missing": (GONE, None, GONE, "no such picture"),
+}
+CITYSCAPES = {
+    "no train": ("leftImg8bit/train", None, "leftImg8bit/train", "missing"),
+    "no val": ("leftImg8bit/val", None, "leftImg8bit/val", "missing"),
+    "no masks": ("gtFine", None, "leftImg8bit/val/lindau/lindau_000000", "without a mask"),
+    "unknown id": (IDS, paint(np.full((48, 64), 40)), IDS, "values 40; allowed are 0 to 33"),
+}
+TREES = dict(
+    folder=(trees.folder_tree, FOLDER),
+    voc=(lambda path: trees.voc_tree(path, aug=False) / "VOC2012", VOC),
+    cityscapes=(trees.cityscapes_tree, CITYSCAPES),
+)
 
 
-@pytest.mark.parametrize("damage, file, words", BROKEN.values(), ids=BROKEN)
-def test_broken_folder(root, damage, file, words):
-    check(load("folder", str(root), "all", "", 0))  # whole before, so that it is the damage
-    damage(root)
-    text = message(root)
-    assert str(root / file) in text
-    assert all(word in text for word in words), text
+@pytest.mark.parametrize(
+    "dataset, name", [(dataset, name) for dataset in TREES for name in TREES[dataset][1]]
+)
+def test_a_broken_tree_is_refused_by_the_file(tmp_path, dataset, name):
+    tree, table = TREES[dataset]
+    damaged, how, named, words = table[name]
+    root = tree(tmp_path / "set")
+    loaded(root, dataset=dataset)  # whole before, so that it is the damage
+    path = root / damaged
+    if how is None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif isinstance(how, bytes):
+        path.write_bytes(how)
+    else:
+        how(path)
+    text = message(root, dataset=dataset)
+    assert str(root / named) in text and re.search(words, text), text
 
 
 def test_first_of_several_bad_files_is_the_one_named(root):
@@ -417,14 +415,17 @@ def test_first_of_several_bad_files_is_the_one_named(root):
 
 
 @pytest.mark.parametrize("labeled", ["1/2", "6", "list"])
-def test_labelled_picture_without_mask(root, tmp_path, labeled):
+def test_labelled_picture_without_mask(root, listed, labeled):
     (root / "masks/train/004.png").unlink()
-    if labeled == "list":
-        labeled = tmp_path / "list.txt"
-        labeled.write_text("003\n004\n")
+    labeled = listed("003\n004\n") if labeled == "list" else labeled
     text = message(root, labeled)
     assert str(root / "images/train/004.jpg") in text and "no mask" in text
     assert f"--labeled {labeled}" in text
+
+
+def test_a_listed_validation_picture_is_refused(root, listed):
+    text = message(root, listed("000\nimages/val/001.jpg masks/val/001.png\n"))
+    assert f"names the validation picture {root / 'images/val/001.jpg'}" in text
 
 
 BAD_LABELED = ["1/999", "1/7", "1/0", "2/3", "1/x", "1/-2", "0.5", "-3", "0", "7", "1e2", "no.txt"]
@@ -442,6 +443,7 @@ BAD_LISTS = {
     "missing picture": ("003\nimages/train/099.jpg\n", "images/train/099.jpg", "does not exist"),
     "missing id": ("003\n099\n", "099", "is no training id"),
     "missing mask": ("/images/train/003.jpg /masks/nil.png", "masks/nil.png", "does not exist"),
+    "two masks": (f"000\n{IMAGE} masks/train/001.png", IMAGE, "two masks"),
     "three columns": (f"{IMAGE} {MASK} {MASK}", IMAGE, "not one or two paths"),
     "empty": ("", "", "lists no picture"),
     "blank lines": ("\n \r\n", "", "lists no picture"),
@@ -450,9 +452,8 @@ BAD_LISTS = {
 
 
 @pytest.mark.parametrize("content, file, words", BAD_LISTS.values(), ids=BAD_LISTS)
-def test_bad_list(root, tmp_path, content, file, words):
-    path = tmp_path / "list.txt"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_bad_list(root, listed, content, file, words):
+    path = listed(content)
     flags = [dict(labeled=path)]
     if "mask" not in words + file:  # an unlabelled picture needs none
         flags.append(dict(labeled="1/2", unlabeled=path))
@@ -472,61 +473,10 @@ def test_no_data_path():
         assert "--data-path ''" in message("", dataset=dataset)
 
 
-@pytest.mark.parametrize("labeled", ["all", "1/2"])  # the picture is labelled, or it is not
-def test_missing_picture(tmp_path, labeled):
-    top = trees.voc_tree(tmp_path, aug=False)
-    gone = top / "VOC2012/JPEGImages/2007_000039.jpg"
-    gone.unlink()
-    text = message(top, labeled, dataset="voc")
-    assert str(gone) in text and "no such picture" in text
-
-
-@pytest.mark.parametrize(
-    "dataset, gone",
-    [
-        ("voc", "JPEGImages"),
-        ("voc", "ImageSets/Segmentation/val.txt"),
-        ("cityscapes", "leftImg8bit/train"),
-        ("cityscapes", "leftImg8bit/val"),
-    ],
-)
-def test_incomplete_download(tmp_path, dataset, gone):
-    top = trees.voc_tree(tmp_path, aug=True) if dataset == "voc" else tmp_path
-    if dataset == "voc":
-        top = top / "VOC2012"
-    else:
-        trees.cityscapes_tree(top)
-    gone = top / gone
-    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    text = message(top, dataset=dataset)
-    assert str(gone) in text and "missing" in text
-
-
-def test_cityscapes_without_masks(tmp_path):
-    trees.cityscapes_tree(tmp_path)
-    shutil.rmtree(tmp_path / "gtFine")
-    text = message(tmp_path, dataset="cityscapes")
-    assert "leftImg8bit/val/lindau/lindau_00000" in text and "without a mask" in text
-
-
-def test_listed_path_with_a_space(root, tmp_path):
-    shutil.move(root / "images/train/005.jpg", root / "images/my cat.jpg")
-    (tmp_path / "list.txt").write_text("images/my cat.jpg\n")
-    data = load("folder", str(root), "1/2", str(tmp_path / "list.txt"), 0)
-    assert names(data.unlabeled) == ["my cat"]
-
-
-def test_unlabelled_list_of_pairs_needs_no_masks(root, tmp_path):
-    """The papers' unlabelled lists have a mask column; those who have no masks use them too."""
-    (root / "masks/train/005.png").unlink()
-    (tmp_path / "list.txt").write_text("/images/train/005.jpg /masks/train/005.png\n")
-    data = load("folder", str(root), "1/2", str(tmp_path / "list.txt"), 0)
-    assert names(data.unlabeled) == ["005"]
-
-
-def test_hidden_files_are_no_pictures(root):
-    (root / "images/train/._000.jpg").write_bytes(b"\x00\x05\x16\x07")
-    assert names(load("folder", str(root), "1/2", "", 0).labeled) == ["000", "002", "004"]
+def test_an_unlabelled_picture_that_is_missing_is_named(tmp_path):
+    root = trees.voc_tree(tmp_path, aug=False) / "VOC2012"
+    (root / GONE).unlink()
+    assert f"{root / GONE}: no such picture" in message(root, "1/2", dataset="voc")
 
 
 # --- reading pictures ---
@@ -543,7 +493,7 @@ def test_exif_orientation_is_applied(root):
     red = image[..., 0].astype(float)
     assert red[:18].min() > 200 and red[22:].max() < 50
     trees.save_mask(root / MASK, np.zeros((40, 24)))  # drawn on what people see
-    check(load("folder", str(root), "all", "", 0))
+    loaded(root)
 
 
 # EXIF blocks: no TIFF header at all; and one that asks to be turned (0x0112 is 6) beside a width
@@ -693,17 +643,10 @@ def test_fewer_pictures_than_a_batch():
     assert len({image.numpy().tobytes() for image in images}) == 8  # yet eight different crops
 
 
-def test_drawing_batches_leaves_torchs_global_generator_alone():
-    loader = iter(training_loader(shape_data(4), "labeled", VIEW, 2, range(3)))
-    before = torch.get_rng_state()
-    assert len(list(loader)) == 3
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_loaders_leave_torchs_global_generator_alone():
-    before = torch.get_rng_state()
-    batches(range(2))
-    list(val_loader(replace(shape_data(1), val=shape_data(2).val[:2]), whole_view))
+    before, data = torch.get_rng_state(), shape_data(4)
+    assert len(list(training_loader(data, "labeled", VIEW, 2, range(3)))) == 3
+    list(val_loader(replace(data, val=data.val[:2]), whole_view))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -716,7 +659,7 @@ def test_views_do_not_spoil_the_drawn_pictures():
 
 
 def test_training_batches_have_the_shapes_that_scripts_expect(root):
-    data = load("folder", str(root), "1/2", "", 0)
+    data = loaded(root, "1/2")
     view = partial(VIEW, strong=lambda image: 1 - image)
     image, label, valid, strong = next(iter(training_loader(data, "labeled", view, 2, range(1))))
     assert image.shape == strong.shape == (2, 3, 32, 32) and image.dtype == torch.float32
@@ -746,11 +689,8 @@ def test_validation_sees_whole_pictures(root):
     trees.save_picture(root / "images/val/001.jpg", np.random.default_rng(1), 40, 56)
     mask = trees.blobs(np.random.default_rng(1), 3, 40, 56)
     trees.save_mask(root / "masks/val/001.png", mask)
-    data = load("folder", str(root), "all", "", 0)
-    check(data)
-    sizes = [image.shape for image, _ in val_loader(data, whole_view)]
-    assert sizes == [(1, 3, 48, 64), (1, 3, 40, 56), (1, 3, 48, 64)]
-    _, label = list(val_loader(data, whole_view))[1]
+    (first, _), (image, label), (last, _) = val_loader(loaded(root), whole_view)
+    assert image.shape == (1, 3, 40, 56) and first.shape == last.shape == (1, 3, 48, 64)
     assert label.dtype == torch.int64 and (label[0].numpy() == mask).all()
 
 
@@ -798,15 +738,14 @@ def test_classes_of_the_embedded_set(drawn):
     assert len(everything) >= 5 and len(shapes.COLORS) == len(shapes.CLASSES)
     train, val = ({k for n in shapes.names(s) for k in shapes.tags(n)} for s in ("train", "val"))
     assert train == val == everything
-    labeled = load("shapes", "", "1/20", "", 0).labeled
+    labeled = loaded("", "1/20", dataset="shapes").labeled
     tags = [shapes.tags(image.removeprefix("shapes:")) for image, _ in labeled]
     assert len(labeled) == 20 and {k for each in tags for k in each} == everything
 
 
 def test_the_embedded_set_needs_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = load("shapes", "", "1/20", "", 0)
-    check(data)
+    data = loaded("", "1/20", dataset="shapes")
     assert data.summary().startswith("20 labelled, 380 unlabelled, 150 validation pictures; ")
     assert os.listdir(tmp_path) == []
     assert not {i for i, _ in data.labeled + data.unlabeled} & {i for i, _ in data.val}

@@ -1,15 +1,14 @@
 """CPS's equations against per-pixel loops in float64, gradients, limits, and short runs."""
 
-from functools import cache, partial
-from tempfile import TemporaryDirectory
+from functools import partial
+from tempfile import mkdtemp
 
 import pytest
 import torch
-from few_shapes import COUNTS, SMALL
+from few_shapes import SMALL
 from torch import nn
 
 import cps
-from common import shapes
 from common.augment import mix
 from common.losses import ohem_cross_entropy
 
@@ -205,7 +204,7 @@ def test_each_alternative_has_its_weight():
     for kind, plain, mixed in (("cps", 3, 5), ("single", 3, 5), ("mean_teacher", 10, 11)):
         for cutmix, expected in ((False, plain), (True, mixed)):
             cfg = cps.Config(supervision=kind, cutmix=cutmix, **given)
-            assert cps.weight(cfg, num_classes=7) == expected
+            assert cps.chosen_lambda(cfg, num_classes=7) == expected
 
 
 def test_ema_follows_its_law_and_leaves_buffers_alone():
@@ -223,19 +222,13 @@ def test_ema_follows_its_law_and_leaves_buffers_alone():
 # --- whole runs ---
 
 
-def train(folder, **flags):
-    return cps.train(cps.Config(output_dir=str(folder), **SMALL | dict(iters=2) | flags)).model
+@pytest.fixture
+def model(few, light, tmp_path):
+    """model(**flags): the network that two steps on few pictures make."""
 
-
-@pytest.fixture(scope="module")
-def model():
-    """model(**flags): what two steps on few pictures make."""
-
-    @cache
-    def run(**flags):
-        with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shapes, "COUNTS", COUNTS)
-            return train(folder, **flags)
+    def run(folder=None, **flags):
+        folder = str(folder or mkdtemp(dir=tmp_path))
+        return cps.train(cps.Config(output_dir=folder, **SMALL | flags)).model
 
     return run
 
@@ -257,17 +250,16 @@ def test_lambda_0_trains_the_networks_on_the_labels_alone(model):
 
 def test_statistics_move_twice_a_step_and_three_times_with_cutmix(model):
     """Labelled and unlabelled pictures, and with CutMix the pass that labels them."""
-    for flags, passes in ((dict(lam=0.0, cutmix=False), 2), ({}, 3)):
-        assert model(**flags).backbone.bn1.num_batches_tracked == passes * 2
+    for cutmix, passes in ((False, 2), (True, 3)):
+        assert model(cutmix=cutmix).backbone.bn1.num_batches_tracked == passes * 2
 
 
-def test_lambda_rises_over_its_share_of_the_steps(few, tmp_path, power_cut):
+def test_lambda_rises_over_its_share_of_the_steps(model, tmp_path, power_cut):
     """After the first of two steps, half of λ has taught. The networks started apart."""
     saved = []
     for ramp, lam in ((1.0, 2.0), (0.0, 1.0), (0.0, 2.0)):
-        folder = tmp_path / str(len(saved))
-        flags = dict(eval_every=1, ramp=ramp, lam_cutmix=lam)
-        power_cut(1, partial(train, folder, **flags))
+        folder = tmp_path / f"{ramp} {lam}"
+        power_cut(1, partial(model, folder, eval_every=1, ramp=ramp, lam_cutmix=lam))
         saved.append(torch.load(folder / "last.pt", weights_only=True)["state"]["networks"])
     rising, low, high = ([s[f"{k}.classifier.weight"] for k in range(2)] for s in saved)
     assert torch.equal(rising[0], low[0]) and not torch.equal(low[0], high[0])

@@ -25,12 +25,14 @@ from common.run import main
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"train": 12, "val": 5}
-SMALL = dict(batch_size=2, crop_size=32, width=8, iters=2, eval_every=2, labeled="4")
-WARMED = SMALL | dict(iters=3, eval_every=3, warmup=1 / 3)
+SMALL = dict(batch_size=2, crop_size=32, width=8, iters=2, eval_every=2)
+SEMI = SMALL | dict(labeled="4")
+WARMED = SEMI | dict(iters=3, eval_every=3, warmup=1 / 3)
 TINY = {  # by script: the flags of a short run, which test_scripts varies
-    "cps": SMALL,
+    "cps": SEMI,
     "psmt": WARMED | dict(threshold=0.2),
     "cac": WARMED | dict(gamma=0.25, base_size=64),
+    "ial": SMALL | dict(rounds=1, net_steps=(1.0, 1.0, 1.0), tau=0.4),
 }
 
 

@@ -5,7 +5,7 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
-from few_shapes import SMALL
+from few_shapes import SEMI
 from torch import nn
 
 import cps
@@ -228,7 +228,7 @@ def model(few, light, tmp_path):
 
     def run(folder=None, **flags):
         folder = str(folder or mkdtemp(dir=tmp_path))
-        return cps.train(cps.Config(output_dir=folder, **SMALL | flags)).model
+        return cps.train(cps.Config(output_dir=folder, **SEMI | flags)).model
 
     return run
 

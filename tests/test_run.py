@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import trees
-from few_shapes import SMALL, finish, start
+from few_shapes import SEMI, finish, start
 from torch import nn
 
 import cps
@@ -26,7 +26,7 @@ from common.metrics import evaluate, iou
 from common.outputs import replace_file, replace_text
 from common.run import InputError, Run, main
 
-TINY = SMALL | dict(iters=8)
+TINY = SEMI | dict(iters=8)
 
 
 def said(work, error=InputError):
@@ -275,13 +275,19 @@ def test_a_run_that_diverges_says_so(few, light, tmp_path):
     assert "lower --lr" in said(lambda: train(tmp_path, lr=1e30))
 
 
-def test_weights_that_are_not_finite_are_not_saved(few, light, tmp_path):
+def test_the_best_checkpoint_stays_and_one_that_is_not_finite_is_not_written(few, light, tmp_path):
     run, network = begun(tmp_path)
-    run.record(0, torch.ones(7))
-    kept = (tmp_path / "last.pt").read_bytes()
+    absent = torch.tensor([math.nan] + [0.0] * 6)
+    for step, miou in enumerate((0.25, 0.5, 0.375)):
+        run.record(step, absent + miou, other=absent + 0.125)
     network.classifier.bias.data[0] = math.nan
-    assert "diverged" in said(lambda: run.record(1, torch.ones(7)))
-    assert (tmp_path / "last.pt").read_bytes() == kept
+    assert "diverged" in said(lambda: run.record(3, absent + 1))
+    assert saved(tmp_path, "best.pt")["step"] == 2 and saved(tmp_path)["step"] == 3
+    assert (tmp_path / "iou.txt").read_text().startswith("ground\tabsent\nfish\t37.50\n")
+    entry = {"step": 3, "miou": 0.375, "iou": [None] + [0.375] * 6, "other": 0.125}
+    assert logged(tmp_path)[-1] == entry
+    again, _ = begun(tmp_path, resume=True)
+    assert (again.miou, again.best, again.history[-1]) == (0.375, 0.5, entry)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -63,11 +63,6 @@ def saved(folder, name="last.pt"):
 
 @dataclass
 class Typed(RunConfig):
-    """A test.
-
-    Of types.
-    """
-
     share: Share = 0.5  # a share
     part: Part = 0.5  # 100 % is too much
     span: Span = (1.0, 2.0)  # from, to
@@ -161,15 +156,11 @@ def test_a_flag_that_cannot_be_read_is_refused(words):
 
 @dataclass
 class Uncommented(RunConfig):
-    """A test."""
-
     bare: int = 0
 
 
 @dataclass
 class Optional(RunConfig):
-    """A test."""
-
     limit: int | None = None  # of something
 
 
@@ -189,14 +180,13 @@ def test_who_writes_a_config_is_told_what_to_do(tmp_path, monkeypatch):
     future = import_module("fifth").Config
     for config, words in (
         (Uncommented, "Uncommented.bare: write a comment behind it"),
-        (Optional, "Optional.limit: int | None cannot be read .* a value that means none"),
+        (Optional, "Optional.limit: int . None cannot be read .* a value that means none"),
         (future, "Config.tau: .* remove `from __future__ import annotations`"),
     ):
-        with pytest.raises(TypeError, match=words.replace("|", r"\|")):
+        with pytest.raises(TypeError, match=words):
             parse_config(config, {"shapes": {}}, [])
-        if config is not Uncommented:
-            with pytest.raises(TypeError, match=words.replace("|", r"\|")):
-                check_config(config())
+    with pytest.raises(TypeError, match="Optional.limit"):
+        check_config(Optional())  # in a notebook, too
 
 
 # --- the folder ---
@@ -229,7 +219,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(few, light, tmp_pat
     (tmp_path / "notes.txt").write_text("mine")  # no run: no reason to refuse
     train(tmp_path, iters=2)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    assert "--resume" in said(lambda: train(tmp_path, iters=2))
+    assert "--resume" in said(partial(train, tmp_path, iters=2))
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -272,7 +262,7 @@ def test_outputs_are_complete_and_the_checkpoints_rebuild_the_model(few, light, 
 
 
 def test_a_run_that_diverges_says_so(few, light, tmp_path):
-    assert "lower --lr" in said(lambda: train(tmp_path, lr=1e30))
+    assert "lower --lr" in said(partial(train, tmp_path, lr=1e30))
 
 
 def test_the_best_checkpoint_stays_and_one_that_is_not_finite_is_not_written(few, light, tmp_path):
@@ -349,11 +339,8 @@ def test_each_step_and_process_has_its_own_seed(few, light, tmp_path):
 
 
 def test_stages_are_noted_and_saved(few, light, tmp_path, capsys):
-    run, _ = begun(tmp_path, total=20)
-    assert (run.total, [run.due(step) for step in (0, 1, 18, 19)]) == (
-        20,
-        [False, True, False, True],
-    )
+    run, _ = begun(tmp_path, total=19)
+    assert run.total == 19 and [s for s in range(19) if run.due(s)] == [*range(1, 19, 2), 18]
     run.note(2, "first", good=0.5, bad=math.nan)
     assert not (tmp_path / "last.pt").exists() and "bad" not in capsys.readouterr().out
     run.save(4)
@@ -372,7 +359,10 @@ def test_stages_are_noted_and_saved(few, light, tmp_path, capsys):
 
 def test_resume_refuses_other_flags_and_broken_checkpoints(few, light, tmp_path, monkeypatch):
     train(tmp_path, iters=2)
-    resume = lambda **flags: said(lambda: train(tmp_path, **dict(iters=2) | flags, resume=True))  # noqa: E731
+
+    def resume(**flags):
+        return said(partial(train, tmp_path, **dict(iters=2) | flags, resume=True))
+
     for changed in (dict(lr=0.5), dict(iters=9), dict(seed=1), dict(cutmix=False), dict(width=16)):
         assert f"--{next(iter(changed)).replace('_', '-')}" in resume(**changed)
     with monkeypatch.context() as patch:

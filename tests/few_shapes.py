@@ -30,7 +30,7 @@ SEMI = SMALL | dict(labeled="4")
 WARMED = SEMI | dict(iters=3, eval_every=3, warmup=1 / 3)
 TINY = {  # by script: the flags of a short run, which test_scripts varies
     "cps": SEMI,
-    "psmt": WARMED | dict(threshold=0.2),
+    "psmt": WARMED | dict(threshold=0.2, teachers="own"),
     "cac": WARMED | dict(gamma=0.25, base_size=64),
     "ial": SMALL | dict(rounds=1, net_steps=(1.0, 1.0, 1.0), tau=0.4),
 }

@@ -41,7 +41,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
     "psmt": [
         dict(),
         dict(supervised_only=True, amp="none"),
-        dict(teachers="own", ohem=True, eval_window=48),
+        dict(teachers="copy", ohem=True, eval_window=48),
         dict(cutmix="boxes", zoom=True, amp="bf16"),
         dict(cutmix="off", pseudo_eval=True, count_padding=True, scales=(0.3, 0.5)),
         dict(eps=0.0),
@@ -84,7 +84,7 @@ STOPPED = [  # runs that are cut a step after a checkpoint: in a warm-up or a st
     ("cps", dict(iters=4), (3,)),
     ("cps", dict(iters=4, supervision="mean_teacher"), (3,)),
     ("psmt", dict(iters=6, warmup=0.5), (3, 5)),
-    ("psmt", dict(iters=6, warmup=0.5, teachers="own"), (3, 5)),
+    ("psmt", dict(iters=6, warmup=0.5, teachers="copy"), (3, 5)),
     ("cac", dict(iters=6, warmup=0.5, bank=2), (3, 5)),
     ("ial", dict(), (1, 5, 7)),
 ]

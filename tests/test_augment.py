@@ -112,35 +112,26 @@ def test_masks_have_the_published_statistics():
     assert masks[:, 0, 0, 0].float().mean() < 0.01
 
 
-def test_one_box_of_half_the_picture():
-    share = cutmix_masks(200, 256, 256, boxes=1, area=(0.5, 0.5)).float().mean((1, 2, 3))
-    assert (share - 0.5).abs().max() <= 0.003
-
-
-def test_a_box_is_a_rectangle_of_the_published_size():
-    masks = cutmix_masks(300, 120, 90, boxes=1)[:, 0]
-    for mask in masks:
-        rows, columns = mask.any(1), mask.any(0)
-        high, wide = int(rows.sum()), int(columns.sum())
-        assert torch.equal(mask, rows[:, None] & columns) and mask.sum() == high * wide
-        assert 0.24 < high * wide / (120 * 90) < 0.51
-        assert high >= 0.24 * 120 and wide >= 0.24 * 90
-    # Of three boxes none is longer than the side over sqrt(3).
-    assert cutmix_masks(300, 90, 90)[:, 0].any(1).sum(1).max() <= 3 * round(90 / 3**0.5)
-
-
-def test_boxes_that_overlap_cancel():
-    """The mask is the parity of the number of boxes over a pixel."""
-    generator = torch.Generator().manual_seed(5)
-    mask = cutmix_masks(1, 64, 64, boxes=3, area=(0.9, 0.9), generator=generator)[0, 0]
-    again = torch.Generator().manual_seed(5)
-    uniform = torch.rand(4, 1, 3, 1, generator=again, dtype=torch.float64)[:, 0, :, 0]
-    painted = torch.zeros(64, 64, dtype=torch.int64)
-    for _, e, v, u in uniform.T.tolist():
-        high, wide = (round(0.9**power / 3**0.5 * 64) for power in (e, 1 - e))
-        top, left = round((64 - high) * v), round((64 - wide) * u)
-        painted[top : top + high, left : left + wide] += 1
-    assert painted.max() > 1 and torch.equal(mask, painted % 2 == 1)
+@pytest.mark.parametrize(
+    "height, width, boxes, area",
+    [(64, 64, 3, (0.9, 0.9)), (120, 90, 1, (0.25, 0.5)), (60, 90, 3, (0.25, 0.5))],
+)
+def test_masks_are_rectangles_that_cancel_where_they_overlap(height, width, boxes, area):
+    """As shares of the sides a^e / sqrt(boxes), a^(1 - e) / sqrt(boxes), a and e uniform."""
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    masks = cutmix_masks(20, height, width, boxes, area, generators[0])[:, 0]
+    uniform = torch.rand(4, 20, boxes, 1, generator=generators[1], dtype=torch.float64)
+    painted = torch.zeros(20, height, width, dtype=torch.int64)
+    for mask, draws in zip(painted, uniform.permute(1, 2, 0, 3).tolist(), strict=True):
+        for (a,), (e,), (v,), (u,) in draws:
+            share = area[0] + a * (area[1] - area[0])
+            high, wide = (
+                round(share**e / boxes**0.5 * height),
+                round(share ** (1 - e) / boxes**0.5 * width),
+            )
+            top, left = round((height - high) * v), round((width - wide) * u)
+            mask[top : top + high, left : left + wide] += 1
+    assert torch.equal(masks, painted % 2 == 1) and painted.max() == min(boxes, 3)
 
 
 def test_a_generator_makes_the_masks_repeatable():

@@ -51,27 +51,18 @@ def assert_same(ours, reference, inputs):
 # --- Eq. (3) and Eq. (4) ---
 
 
-def test_supervised_loss_is_eq_3():
+def test_supervised_loss_is_eq_3_with_any_criterion():
     x1, x2, y = logits(), logits(), labels()
     assert_same(cps.supervised_loss(x1, x2, y), ce_by_pixel(x1, y) + ce_by_pixel(x2, y), [x1, x2])
-
-
-def test_supervised_loss_takes_a_criterion():
-    x1, x2, y = logits(), logits(), labels()
-    ours = cps.supervised_loss(x1, x2, y, lambda x, y: ohem_cross_entropy(x, y, 0.5, 4))
-    expected = ohem_cross_entropy(x1, y, 0.5, 4) + ohem_cross_entropy(x2, y, 0.5, 4)
-    torch.testing.assert_close(ours, expected)
+    hard = partial(ohem_cross_entropy, threshold=0.5, min_kept=4)
+    assert_same(cps.supervised_loss(x1, x2, y, hard), hard(x1, y) + hard(x2, y), [x1, x2])
 
 
 def test_cps_loss_is_eq_4():
-    x1, x2 = logits(), logits()
+    """With given pseudo labels it leaves padding out; pseudo1, network 1's, teaches network 2."""
+    x1, x2, y1, y2 = logits(), logits(), labels(), labels()
     reference = ce_by_pixel(x1, x2.argmax(1)) + ce_by_pixel(x2, x1.argmax(1))
     assert_same(cps.cps_loss(x1, x2), reference, [x1, x2])
-
-
-def test_cps_loss_with_given_pseudo_labels_leaves_padding_out():
-    x1, x2, y1, y2 = logits(), logits(), labels(), labels()
-    # pseudo1 is what network 1 predicts: it teaches network 2.
     reference = ce_by_pixel(x1, y2) + ce_by_pixel(x2, y1)
     assert_same(cps.cps_loss(x1, x2, pseudo1=y1, pseudo2=y2), reference, [x1, x2])
 

@@ -12,6 +12,8 @@ from torch import nn
 from common.deeplab import DeepLabV3Plus, Ensemble
 from common.run import InputError
 
+DROPOUT = dict(aspp_dropout=0.5, decoder_dropout=0.4, classifier_dropout=0.1)
+
 
 def small(classes=3, **arguments):
     return DeepLabV3Plus(classes, "resnet18", **dict(width=8) | arguments)
@@ -63,16 +65,12 @@ def test_any_size_from_32_on(size):
         assert net.train(mode)(images(*size)).shape == (2, 3, *size)
 
 
-def test_smaller_pictures_are_refused():
+def test_smaller_pictures_and_in_training_batches_of_one_are_refused():
     with pytest.raises(ValueError, match="32 x 32"):
         small()(images(31, 64))
-
-
-def test_a_batch_of_one_is_refused_in_training_alone():
-    net = small()
     with pytest.raises(ValueError, match="two pictures"):
-        net(images(batch=1))
-    assert net.eval()(images(batch=1)).shape == (1, 3, 32, 32)
+        small()(images(batch=1))
+    assert small().eval()(images(batch=1)).shape == (1, 3, 32, 32)
 
 
 def test_perturb_is_added_to_the_encoding():
@@ -123,11 +121,8 @@ def test_dropout_is_applied_in_its_place(place):
 
 
 def test_dropout_is_off_by_default_and_where_it_is_asked_for():
-    def rates(net):
-        return sorted(m.p for m in net.modules() if isinstance(m, nn.Dropout))
-
-    assert set(rates(small())) == {0.0}
-    assert rates(DeepLabV3Plus(3, "resnet18", None, 8, 0.5, 0.4, 0.1)) == [0.1, 0.4, 0.5]
+    for net, rates in ((small(), [0.0] * 3), (small(**DROPOUT), [0.5, 0.4, 0.1])):
+        assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == rates
 
 
 def test_new_layers_are_kaiming_and_heads_are_drawn_apart():
@@ -163,6 +158,13 @@ def test_a_path_fills_the_backbone_and_ignores_fc(state, tmp_path):
     torch.save(state, tmp_path / "weights.pth")
     loaded = small(weights=str(tmp_path / "weights.pth")).backbone.state_dict()
     assert loaded and all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
+def test_an_enum_name_is_downloaded(state, monkeypatch):
+    download = lambda *args, **kwargs: dict(state)  # noqa: E731
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", download)
+    net = small(weights="IMAGENET1K_V1")
+    assert torch.equal(net.backbone.conv1.weight, state["conv1.weight"])
 
 
 def test_weights_none_is_random():
@@ -206,10 +208,3 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     message = refusal("IMAGENET1K_V1")
     assert "resnet18-f37072fd.pth" in message and "give its path" in message
-
-
-def test_an_enum_name_is_downloaded(state, monkeypatch):
-    download = lambda *args, **kwargs: dict(state)  # noqa: E731
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", download)
-    net = small(weights="IMAGENET1K_V1")
-    assert torch.equal(net.backbone.conv1.weight, state["conv1.weight"])

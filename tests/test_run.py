@@ -41,9 +41,13 @@ def train(folder, **flags):
     return cps.train(cps.Config(output_dir=str(folder), **TINY | flags))
 
 
+def made(folder, total=None, **flags):
+    return Run("any", SemiConfig(output_dir=str(folder), **TINY | flags), total)
+
+
 def begun(folder, total=None, **flags):
     """A run that has started, with its network."""
-    run = Run("any", SemiConfig(output_dir=str(folder), **TINY | flags), total)
+    run = made(folder, total, **flags)
     network = DeepLabV3Plus(7, "resnet18", width=8)
     run.start(run.load(), [network], network=network)
     return run, network
@@ -62,7 +66,7 @@ def saved(folder, name="last.pt"):
 
 
 @dataclass
-class Typed(RunConfig):
+class Typed(SemiConfig):
     share: Share = 0.5  # a share
     part: Part = 0.5  # 100 % is too much
     span: Span = (1.0, 2.0)  # from, to
@@ -121,7 +125,8 @@ RECIPES = {
     "words, expected",
     [
         ("", {}),
-        ("--resume --lr 2 --no-supervised-only", dict(resume=True, lr=2.0)),
+        ("--resume --lr 2 --no-switch", dict(resume=True, lr=2.0)),
+        ("--span 1 2.5 --many 3 --part 0", dict(span=(1.0, 2.5), many=(3.0,), part=0.0)),
         ("--dataset voc", RECIPES["voc"]),
         ("--lr=0.1 --dataset=voc", RECIPES["voc"] | dict(lr=0.1)),
         ("--dataset voc --labeled 1/4", RECIPES["voc"] | RECIPES["voc 1/4"]),
@@ -135,13 +140,7 @@ RECIPES = {
     ],
 )
 def test_the_command_line_is_the_recipe_and_the_flags_win(words, expected):
-    assert parse_config(SemiConfig, RECIPES, words.split()) == SemiConfig(**expected)
-
-
-def test_switches_and_numbers_are_read():
-    words = "--switch --span 1 2.5 --many 3 --part 0 --no-resume"
-    expected = Typed(switch=True, span=(1.0, 2.5), many=(3.0,), part=0.0)
-    assert parse_config(Typed, {"shapes": {}}, words.split()) == expected
+    assert parse_config(Typed, RECIPES, words.split()) == Typed(**expected)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_switches_and_numbers_are_read():
     + ["--iter 5", "--resume yes", "--dataset folder"],
 )
 def test_a_flag_that_cannot_be_read_is_refused(words):
-    message = said(lambda: parse_config(SemiConfig, RECIPES, words.split()))
+    message = said(partial(parse_config, Typed, RECIPES, words.split()))
     assert words.split()[words == "--resume yes"] in message
 
 
@@ -226,20 +225,19 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(few, light, tmp_pat
 def test_a_folder_that_cannot_be_is_refused(few, light, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert f"--output-dir {place}: " in said(partial(train, place))
+        assert f"--output-dir {place}: " in said(partial(begun, place))
 
 
 def test_two_runs_that_start_at_once_do_not_share_a_folder(few, light, tmp_path):
-    first, second = (Run("any", SemiConfig(output_dir=str(tmp_path), **TINY)) for _ in range(2))
-    first.start(first.load(), [DeepLabV3Plus(7, "resnet18", width=8)])
-    assert "another run" in said(lambda: second.start(second.load(), []))
+    late = made(tmp_path)
+    begun(tmp_path)
+    assert "another run" in said(lambda: late.start(late.load(), []))
 
 
 def test_outputs_are_complete_and_the_checkpoints_rebuild_the_model(few, light, tmp_path):
     result = train(tmp_path, eval_window=48)
-    lines = logged(tmp_path)
-    assert [line["step"] for line in lines if "miou" in line] == [2, 4, 6, 8]
-    assert [line["step"] for line in lines if "loss_sup" in line] == list(range(1, 9))
+    for name, steps in (("miou", [2, 4, 6, 8]), ("loss_sup", [*range(1, 9)])):
+        assert [line["step"] for line in logged(tmp_path) if name in line] == steps
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["batch_size"] == 2 and set(config) == {"processes", *asdict(cps.Config())}
     rows = (tmp_path / "iou.txt").read_text().splitlines()
@@ -281,13 +279,12 @@ def test_the_best_checkpoint_stays_and_one_that_is_not_finite_is_not_written(few
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    replace_text(path, "old")
-
     def broken(file):
         file.write(b"ne")
         raise OSError("disk full")
 
+    path = tmp_path / "file"
+    replace_text(path, "old")
     with pytest.raises(OSError, match="disk full"):
         replace_file(path, broken)
     assert path.read_text() == "old"
@@ -300,7 +297,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_nothing_of_a_run_is_known_before_its_start(few, light, tmp_path):
     """A loader made then would begin at step 0, and a resumed run replay its batches."""
-    run = Run("any", SemiConfig(output_dir=str(tmp_path / "run"), **TINY))
+    run = made(tmp_path / "run")
     for early in (
         lambda: run.first,
         lambda: run.history,

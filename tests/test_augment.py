@@ -40,6 +40,15 @@ def test_doubling_is_exact_away_from_edges():
     torch.testing.assert_close(means, picture[0, 1:-1, 1:-1])
 
 
+def test_a_third_of_the_size_shows_the_middle_of_each_three():
+    """Label and picture are both read at pixels' centres."""
+    label = torch.arange(96).expand(96, 96)
+    picture = label[None].expand(3, -1, -1).float()
+    image, scaled, _ = random_crop(picture, label, 32, 1 / 3)
+    assert torch.equal(scaled, label[1::3, 1::3])
+    torch.testing.assert_close(image[0], scaled.float())
+
+
 def test_padding_is_centred_mean_colour_and_void():
     image, label, valid = random_crop(*coded(16, 24), 64, 1.0)
     rows, columns = torch.where(valid)

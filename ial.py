@@ -5,48 +5,37 @@ Wang, Liu, Ma, Yang: Weakly-Supervised Semantic Segmentation by Iterative Affini
 
 From image-level tags alone. A classifier of tags shows where it looks; these seeds train a unary
 network, the segmenter. Superpixels on which its predictions agree train a region network; it judges
-all superpixels by what regions of a class have in common, and those it is sure of, the mined ones,
+all superpixels by what regions of a class have in common, and those it is sure of are mined. They
 train a pairwise network, which learns the affinity G of pixels from the picture. G carries the
 unary predictions along; what comes out trains the next unary network: each learns from the other.
 
-Each choice is marked: [paper] from its abstract, figures, tables, and formulas that a review
-reports, [cited] from related work, [ours]. We did not have its text, and no code is public.
+We had neither the paper's text nor code. Marks: [paper] its abstract, figures, tables, and formulas
+that a review reports; [cited: ...] related work; [ours]. `grep Δ ial.py` lists what is not [paper].
 
-Energy and EM, with that review's slips corrected (argmax for argmin, twice; a factor 2). Pixels are
-a graph with weights W >= 0, D = diag(W 1), L = D - W, and G = I - L, whose rows sum to 1 [paper].
-J(α) = α^T L α = 1/2 sum w_ij (α_i - α_j)^2 for symmetric W, and the sought α minimises it.
-    E-step    dJ/dα = 2 L α; a step of length 1/2 gives α^p = α^u - L α^u = G α^u.
-    M-step g  -log p >= 1 - p, and rows of Y sum to 1, so that -Y^T log α^p >= N - Y^T G α^u. For
-              Y = α^u that is a constant plus α^T L α: the loss bounds J, and g lowers it over L.
-    M-step f  f learns α^p.
-With Y = α^u the M-step for g has the trivial solution G = I. Hence the mined Y, of which
-Y^T L α <= α^T L α is expected, not proved. The paper claims that alternating descent of J ends in a
-local minimum. That J falls in each E-step is a theorem for symmetric G with a spectrum in (-1, 1];
-the G of the scans is not symmetric, and steps of SGD on f and g promise nothing: the logged energy
-shows what happened. With --passes 2, α^p is two E-steps, G^2 α^u.
+Where to find it               function                  [paper]
+    Y_0 from CAM               activation_maps, seeds
+    80 % rule                  majority_labels
+    L_m = -L^T log f^m, Y_t    RegionNet, region_loss, mine
+    α^p = G α^u, J = α^T L α   propagate, energy
+    L_α = -Y^T log α^p         GuidanceNet, affinity_loss
+    L_s = ||G - G_s||^2        smoothness_loss
 
-Where to find it
-    α^p = G α^u         propagate, gate_weights     [cited: SPN] mean and softmax [ours]
-    L_α = -Y^T log α^p  affinity_loss               [paper]
-    L_s = ||G - G_s||   smoothness_loss             [paper] G_s = P G [ours]
-    E(α)                energy                      [ours], the symmetric part of G
-    Y_0                 find_seeds, seeds           [paper] loss [cited: PSA], rule [cited: IRN]
-    80 % rule           majority_labels             [paper]
-    f^m, Y_t            RegionNet, mine             [paper] class weights, relabel, τ [ours]
-    f_t                 train_unary                 [paper] its test time [cited: MCOF]
-    g_t                 train_pairwise              [paper] network after SPN's [cited]
+Stage in round t    reads maps, °at cells, not pixels    writes
+    find_superpixels                                     superpixels
+    find_seeds      superpixels, and a picture's tags    cam°, seeds
+    train_unary     seeds, or labels of round t - 1      unary°, majority
+    mine_regions    superpixels, majority                mined
+    train_pairwise  superpixels, mined, unary°           (g_t alone)
+    refine          unary°                               refined°, labels
 
-Left out, with the mIoU that prototypes had on other toy pictures: the maximum over scans (31 for
-66; it is not linear), other G_s (P itself 70.8, means of the gates 68.0, of G α^u alone 71.4, or 39
-with ten times the weight; ours 71.0, no L_s 70.2), mining by agreement or veto (66.6, 70.7; ours
-71.8). Not tried: a G for each class (α would leave the simplex), graph-based superpixels
-(sequential), a dense CRF. Mined labels that taught the unary network directly had 75.8 there: most
-of the gain is the mining's.
+Choices that change results, all [ours]: gates are a softmax, and G is the mean of four scans where
+SPN takes their maximum, so that G is a matrix whose rows sum to 1; G_s = P G; mining relabels;
+f^m sees little around a superpixel; every network starts anew in each round; SLIC, and no CRF.
 
     python ial.py    # 65.5 mIoU, mean of three seeds (first unary 59.6); 9 minutes on two CPU cores
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -56,19 +45,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD, lr_scheduler
 
-from common.augment import train_view, whole_view
+from common.augment import normalise, random_flip, train_view, whole_view
 from common.data import VOID, check, val_loader
-from common.deeplab import DeepLabV3Plus
-from common.encoders import GuidanceNet, RegionNet, TagNet, activation_maps
-from common.losses import balanced_cross_entropy, cross_entropy
-from common.maps import Maps, at_cells, at_pixels, clamped, crop_view, pad, stage_panels, tag_view
+from common.deeplab import DeepLabV3Plus, conv_bn_relu, dilated_resnet
+from common.losses import cross_entropy
+from common.maps import Maps, at_cells, at_pixels, pad
 from common.metrics import evaluate, iou
-from common.optim import descend, sgd_poly
+from common.optim import sgd_poly
 from common.run import InputError, Result, Run, RunConfig, check_config, main
-from common.slic import at_least_float32, of_segments, paint, project, segment_mean, slic
-from common.spn import propagate
-from common.tags import load_tagged, mask_tags
+from common.slic import slic
+from common.tags import load_tagged
 
 
 @dataclass
@@ -85,46 +73,391 @@ class Config(RunConfig):
     net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # the other three networks
     net_lr: float = 0.2  # their learning rate
     net_steps: tuple[float, ...] = (1.2, 0.5, 1.8)  # classifier, region, pairwise: shares of iters
+    clip: float = 5.0  # norm to which a step's gradient is cut
+    tag_scales: tuple[float, ...] = (1.0,)  # of the classifier's crops
     cam_scales: tuple[float, ...] = (1.0,)  # of a picture, at which activation maps are summed
     fg: float = 0.3  # a seed of a class is a superpixel with activation above this (cited: IRN)
     bg: float = 0.05  # and of background one where all are below this (cited: IRN)
+    scales: tuple[float, ...] = (1.0,)  # of the unary networks' crops
     segment_size: int = 6  # side of a superpixel in pixels, about
     compactness: float = 20.0  # of superpixels: weight of place against colour
     share: float = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
-    mining: Literal["relabel", "rule80"] = "relabel"  # by the region network (paper), or without
+    mining: Literal["relabel", "agree", "rule80"] = "relabel"  # see mine(); rule80 has no network
     tau: float = 0.7  # τ: confidence from which on a region is mined; read off the paper's Fig. 4
+    stride: int = 2  # side of a cell in pixels: maps are propagated from cell to cell
+    rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)
+    passes: int = 2  # how often G is applied (cited: SPN)
     lam: float = 0.3  # λ, weight of the smoothness loss
     probes: int = 2  # R, random maps that estimate it
-    passes: int = 2  # how often G is applied (cited: SPN)
-    rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)
     clamp: bool = False  # propagate mined labels where there are any: ours, not the paper's
-    stride: int = 2  # side of a cell in pixels: maps are propagated from cell to cell
-    scales: tuple[float, ...] = (1.0,)  # of the classifier's and unary networks' training crops
     width: int = 64  # channels of ASPP and decoder: 256 in the DeepLabv3+ paper
 
 
-# Crops of about the usual 321 pixels, scales of PSA (cited); networks, lengths, rates are ours.
+# Δ P: [ours] lengths and rates; crops of about the usual 321 pixels. The classifier's are PSA's
+# [cited], 448 pixels of long sides 256 to 512: at the unary's scales a crop would show 60 % of a
+# VOC picture of 500 pixels, and yet carry all its tags.
 REAL = dict(backbone="resnet50", weights="IMAGENET1K_V1", width=256, crop_size=320, workers=4)
-REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5)
+REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5, batch_size=8)
 REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
-REAL |= dict(cam_scales=(0.5, 1.0, 1.5, 2.0), scales=(0.5, 0.75, 1.0, 1.25, 1.5), batch_size=8)
-REAL |= dict(segment_size=13, compactness=10.0)
+REAL |= dict(tag_scales=(0.4, 0.5, 0.6, 0.7), cam_scales=(0.5, 1.0, 1.5, 2.0))
+REAL |= dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5), segment_size=13, compactness=10.0)
 RECIPES = {name: REAL | dict(dataset=name) for name in ("folder", "voc", "cityscapes")}
 RECIPES["shapes"] = {}
 
 
-# --- the pairwise network: α^p = G α^u ---
+# --- seeds: a classifier of tags, and where it looks ---
+
+resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+
+
+def trunk(net: str, weights: str, depth: int, small: list) -> tuple[nn.Sequential, list[int]]:
+    """An encoder's stages and their widths: a ResNet's first `depth`, of strides 2, 4, 8, 16, 16.
+
+    For net "small", 3x3 convolutions, each a (width, stride, dilation).
+    """
+    if net == "small":
+        widths = [width for width, _, _ in small]
+        layers = zip([3, *widths], small, strict=False)
+        stages = [conv_bn_relu(c, w, 3, dilation, stride) for c, (w, stride, dilation) in layers]
+        return nn.Sequential(*stages), widths
+    resnet = dilated_resnet(net, weights)
+    first = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
+    second = nn.Sequential(resnet.maxpool, resnet.layer1)
+    stages = [first, second, resnet.layer2, resnet.layer3, resnet.layer4]
+    widths = [64, *(resnet.layer1[0].expansion * width for width in (64, 128, 256, 512))]
+    return nn.Sequential(*stages[:depth]), widths[:depth]
+
+
+class TagNet(nn.Sequential):
+    """The tag classifier: images (B, 3, H, W) -> scores (B, K, h, w), whose mean is a picture's."""
+
+    def __init__(self, num_tags: int, net: str, weights: str):
+        # Δ P: [cited: IRN] a ResNet of stride 16; [ours] the small network.
+        stages, widths = trunk(net, weights, 5, [(16, 2, 1), (32, 2, 1), (64, 1, 1)])
+        super().__init__(*stages, nn.Conv2d(widths[-1], num_tags, 1, bias=False))
+
+
+@torch.no_grad()
+def activation_maps(net: TagNet, images: Tensor, tags: Tensor, scales: Sequence[float]) -> Tensor:
+    """CAM [paper]: the classifier's scores where they are positive, over their maximum.
+
+    images (B, 3, H, W), tags (B, K) -> (B, K, H, W) in [0, 1], 0 for absent classes.
+    """
+    total = 0.0
+    for scale in scales:  # Δ P: [cited: PSA] a sum over scales and flips
+        size = [max(round(scale * side), 32) for side in images.shape[2:]]
+        scaled = resize(images, size)
+        total = total + resize(net(scaled).relu(), images.shape[2:])
+        total = total + resize(net(scaled.flip(-1)).relu(), images.shape[2:]).flip(-1)
+    total = total * tags[:, :, None, None]
+    return total / total.amax(dim=(2, 3), keepdim=True).clamp(min=1e-5)
+
+
+def seeds(cams: Tensor, tags: Tensor, fg: float, bg: float) -> Tensor:
+    """Y_0 from activation maps: a class above fg, background below bg, unknown between.
+
+    cams (B, K, H, W) in [0, 1], tags (B, K) bool -> (B, H, W) int64, 0 the background, 255 unknown.
+    Only a picture's own tags count; without any it is all background.
+    """
+    # Δ P: [cited: IRN] two thresholds; the paper shows seeds, not their rule.
+    score, best = cams.masked_fill(~tags[:, :, None, None], -torch.inf).max(dim=1)  # (B, H, W)
+    return torch.where(score > fg, best + 1, torch.where(score < bg, 0, VOID))
+
+
+# --- mining: confident regions ---
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32: sums over many pixels and long scans need its digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def segment_mean(values: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means (B, S, C) of values (B, C, H, W) over each segment, and pixel counts (B, S) int64.
+
+    segments (B, H, W) int64, ids below count = S; an empty one has mean 0.
+    """
+    values, index = at_least_float32(values).flatten(2), segments.flatten(1)
+    sums = values.new_zeros(*values.shape[:2], count)
+    sums = sums.scatter_add(2, index[:, None].expand_as(values), values)  # (B, C, S)
+    sizes = index.new_zeros(len(index), count).scatter_add_(1, index, torch.ones_like(index))
+    return (sums / sizes.clamp(min=1)[:, None]).mT, sizes
+
+
+def project(values: Tensor, segments: Tensor, count: int) -> Tensor:
+    """P values, (B, C, H, W): P_ij = 1 / |S(i)| where i and j share the segment S(i), else 0."""
+    means, _ = segment_mean(values, segments, count)
+    index = segments.flatten(1)[:, None].expand(-1, values.shape[1], -1)
+    return means.mT.gather(2, index).view(values.shape)
+
+
+def paint(labels: Tensor, segments: Tensor) -> Tensor:
+    """Labels of superpixels (B, S) -> of their pixels (B, H, W)."""
+    return labels.gather(1, segments.flatten(1)).view_as(segments)
+
+
+def of_segments(painted: Tensor, segments: Tensor, count: int) -> Tensor:
+    """The inverse of `paint`: (B, H, W) -> (B, S), void for a superpixel without pixels."""
+    labels = torch.full((len(painted), count), VOID, device=painted.device)
+    return labels.scatter(1, segments.flatten(1), painted.flatten(1))
+
+
+def majority_labels(
+    unary_labels: Tensor, segments: Tensor, count: int, num_classes: int, share: float = 0.8
+) -> Tensor:
+    """The 80 % rule [paper]: the class that `share` of a superpixel's pixels or more agree on.
+
+    unary_labels, segments (B, H, W) -> (B, S) int64; 255 where no class has that share, and for
+    empty superpixels. A pixel labelled 255 agrees with none, but counts in the superpixel's size.
+    """
+    kinds = num_classes + 1  # one more, for 255
+    votes = segments.flatten(1) * kinds + unary_labels.flatten(1).long().clamp(max=num_classes)
+    counts = votes.new_zeros(len(votes), count * kinds)
+    counts = counts.scatter_add_(1, votes, torch.ones_like(votes)).view(-1, count, kinds)
+    most, label = counts[..., :num_classes].max(dim=2)
+    # 80 of 100 pixels are enough, however 0.8 is rounded.
+    agreed = (most > 0) & (most >= (share - 1e-6) * counts.sum(dim=2))
+    return torch.where(agreed, label, VOID)
+
+
+class RegionNet(nn.Module):
+    """f^m: features pooled in a superpixel, those outside left out [paper], then classified.
+
+    images (B, 3, H, W), segments (B, h, w) at the cells, ids below count = S -> logits (B, S, C).
+    """
+
+    def __init__(self, num_classes: int, net: str, weights: str):
+        super().__init__()
+        # Δ P: [ours] a narrow field of view, 7 pixels of `small`, 35 of ResNet-50's first stages,
+        # for what regions of a class share; a wide one would repeat what the unary network saw.
+        self.stages, widths = trunk(net, weights, 2, [(24, 2, 1), (48, 1, 1)])
+        self.head = nn.Sequential(
+            nn.Linear(widths[-1], 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)
+        )
+
+    def forward(self, images: Tensor, segments: Tensor, count: int) -> Tensor:
+        # Δ P: [ours] their mean; the paper pools a grid of a superpixel's box, as Fast R-CNN does.
+        features = resize(self.stages(images), segments.shape[1:])
+        return self.head(segment_mean(features, segments, count)[0])
+
+
+def region_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """L_m = -L^T log f^m [paper] of the regions whose label is known; 0 without any.
+
+    logits (B, S, C) of f^m, labels L (B, S), 255 unknown -> ().
+    """
+    known = labels != VOID
+    onehot = F.one_hot(labels.masked_fill(~known, 0), logits.shape[2]) * known[..., None]
+    losses = -(onehot * logits.float().log_softmax(dim=2)).sum(dim=(0, 1))  # (C,)
+    sizes = onehot.sum(dim=(0, 1))
+    # Δ P: [ours] the mean over classes of the mean over a class's regions: most are background.
+    return (losses / sizes.clamp(min=1)).sum() / (sizes > 0).sum().clamp(min=1)
+
+
+def mask_tags(probs: Tensor, tags: Tensor) -> Tensor:
+    """Probabilities with the classes that a picture's tags exclude set to 0, renormalised.
+
+    probs (B, K + 1, ...), class 0 the background, always possible; tags (B, K) bool. Where nothing
+    is left, all possible classes are equally likely.
+    """
+    # Δ P: [cited: MCOF] absent classes go; [ours] renormalising.
+    possible = F.pad(tags, (1, 0), value=True)  # (B, K + 1)
+    possible = possible.view(*possible.shape, *[1] * (probs.ndim - 2)).to(probs.dtype)
+    # torch.where, not a product: an absent class may be NaN or infinite for all we care.
+    kept = torch.where(possible > 0, probs, 0.0)
+    total, uniform = kept.sum(dim=1, keepdim=True), possible / possible.sum(dim=1, keepdim=True)
+    return torch.where(total == 0, uniform, kept / total.masked_fill(total == 0, 1.0))
+
+
+def mine(
+    region_probs: Tensor | None, majority: Tensor, tags: Tensor, tau: float, mode: str = "relabel"
+) -> Tensor:
+    """Y_t on superpixels: labels of those that are confidently of a class. -> (B, S) int64.
+
+    region_probs (B, S, K + 1), majority (B, S) from `majority_labels`, tags (B, K) bool; 255 is
+    unknown. The region network is confident of the likeliest of the picture's classes where its
+    probability, renormalised over them, is tau or more; never where it is NaN.
+    """
+    if mode == "rule80":  # Δ P: [ours] no region network: the majority's label
+        possible = F.pad(F.pad(tags, (1, 0), value=True), (0, VOID - tags.shape[1]))  # (B, 256)
+        labels, known = majority, possible.gather(1, majority)
+    elif mode in ("relabel", "agree"):
+        conf, labels = mask_tags(region_probs.mT, tags).max(dim=1)  # (B, S)
+        known = conf >= tau  # False where conf is NaN
+        # agree [paper, by a review]: regions that contradict their majority's label are removed.
+        # Δ P: [ours] relabel, as we read Fig. 4: noisy regions are removed, and some corrected.
+        known = known & (labels == majority) if mode == "agree" else known
+    else:
+        raise ValueError(f'mode is "relabel", "agree" or "rule80", not {mode!r}')
+    return torch.where(known, labels, VOID)
+
+
+# --- affinity: α^p = G α^u ---
+
+
+def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
+    """G^passes applied to a map. G is the mean of four scans [cited: SPN]; from left to right it is
+
+        h[r, c] = own[r, c] x[r, c] + sum over k = -1, 0, 1 of gate_k[r, c] h[r + k, c - 1]
+
+    values (B, C, H, W), gates (B, 4, 4, H, W), logits -> (B, C, H, W), float32 at least.
+    """
+    batch, _, height, width = values.shape
+    side = max(height, width)
+    square = (0, side - width, 0, side - height)  # what to add: zeros, which feed nothing
+    weights = F.pad(gate_weights(at_least_float32(gates), rule), square).unbind(1)
+    # Δ P: [ours] one G for all classes: a map that sums to 1 over classes still does.
+    neighbours, own = to_lines(*weights).split((3, 1), dim=1)  # (L, 3, J), (L, 1, J)
+    for _ in range(passes):
+        values = F.pad(at_least_float32(values), square)
+        lines = Scan.apply(own * to_lines(values, values, values, values), neighbours)  # (L, C, J)
+        turned = lines.unflatten(2, (4, batch, side)).unbind(2)  # (L, C, B, L) each
+        right, left, down, up = (maps.permute(2, 1, 3, 0) for maps in turned)
+        # Δ P: [ours] their mean; SPN's maximum is not linear, there would be no G.
+        values = (right + left.flip(-1) + (down + up.flip(-1)).mT) / 4
+        values = values[..., :height, :width]
+    return values
+
+
+def gate_weights(gates: Tensor, rule: str = "softmax") -> Tensor:
+    """The weights of a pixel's sources, sum 1: gates (B, 4, 4, H, W) -> (B, 4, 4, H, W).
+
+    Axis 1: the scan left to right, right to left, top to bottom, bottom to top. Axis 2: the
+    previous line's neighbour before (row r - 1, or column c - 1), same, after, and the pixel's own
+    value. A source outside the picture has weight 0, and the others still sum to 1 [cited: SPN].
+    abs, as in SPN's code: z / sum of |z| over the three neighbours, of any sign; own: what is
+    missing to 1.
+    """
+    if rule not in ("softmax", "abs"):
+        raise ValueError(f'rule is "softmax" or "abs", not {rule!r}')
+    exists = torch.ones(4, 3, *gates.shape[-2:], dtype=torch.bool, device=gates.device)
+    exists[0, ..., 0] = exists[1, ..., -1] = False  # the first columns of the horizontal scans
+    exists[2, :, 0] = exists[3, :, -1] = False  # the first rows of the vertical ones
+    exists[:2, 0, 0] = exists[:2, 2, -1] = False  # no row before the first, none after the last
+    exists[2:, 0, :, 0] = exists[2:, 2, :, -1] = False  # and no column
+    if rule == "softmax":
+        # Δ P: [ours] over the sources that exist. No weight is negative, hence G >= 0: the graph
+        # that the paper's theory asks for.
+        exists = F.pad(exists, (0, 0, 0, 0, 0, 1), value=True)  # a pixel's own value always does
+        return gates.masked_fill(~exists, -torch.inf).softmax(dim=2)
+    z = gates[:, :, :3]
+    weights = z / z.abs().sum(dim=2, keepdim=True).clamp(min=1e-6) * exists
+    return torch.cat([weights, 1 - weights.sum(dim=2, keepdim=True)], dim=2)
+
+
+def to_lines(right: Tensor, left: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Four maps (B, C, L, L), one for each scan -> lines (L, C, J) in the order of scanning.
+
+    All are turned so that a scan is from left to right, and run in one loop: the columns of all
+    scans and pictures lie end to end, J = 4 B L.
+    """
+    turned = right, left.flip(-1), down.mT, up.mT.flip(-1)
+    return torch.stack([maps.permute(3, 1, 0, 2) for maps in turned], dim=2).flatten(2)
+
+
+def scan(x: Tensor, gates: Tensor, step: int = 1) -> Tensor:
+    """h_t = x_t + before_t S h_(t-1) + same_t h_(t-1) + after_t S' h_(t-1), line by line.
+
+    x (L, C, J), gates (L, 3, J) -> h (L, C, J + 2), with one place more at each end. S shifts a
+    line by a place to the right, S' to the left. Nothing crosses from one picture into the next,
+    for gates are 0 at borders. With step -1 from the last line to the first, S and S' exchanged.
+    """
+    h = F.pad(x, (1, 1))
+    sources = [h[..., k : k + x.shape[2]].unbind() for k in range(3)]  # S h, h, S' h
+    first, here, last = sources[::step]
+    before, same, after = (gate.unbind() for gate in gates[:, :, None].unbind(1))
+    for t in range(len(h))[::step][1:]:
+        now = here[t].addcmul_(before[t], first[t - step])
+        now.addcmul_(same[t], here[t - step]).addcmul_(after[t], last[t - step])
+    return h
+
+
+class Scan(torch.autograd.Function):
+    """`scan` with a gradient that keeps h and the gates, not every product of every step."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gates: Tensor) -> Tensor:
+        h = scan(x, gates)
+        ctx.save_for_backward(h, gates)
+        return h[..., 1:-1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The adjoint is a scan from the other end, with the gates of the line that it leaves.
+
+        d_t = grad_t + S' (before d)_(t+1) + (same d)_(t+1) + S (after d)_(t+1), d = dL/dh = dL/dx.
+        """
+        h, gates = ctx.saved_tensors
+        before, same, after = gates.roll(-1, 0).unbind(1)  # of line t + 1
+        back = torch.stack([before.roll(-1, 1), same, after.roll(1, 1)], dim=1)
+        d = scan(grad, back, step=-1)[..., 1:-1]
+        sources = [h[:-1, :, k : k + d.shape[2]] for k in range(3)]  # S h, h, S' h
+        slopes = torch.stack([(d[1:] * source).sum(dim=1) for source in sources], dim=1)
+        return d, F.pad(slopes, (0, 0, 0, 0, 1, 0))  # the first line has no gates
+
+
+# Energy and EM [paper]. Pixels are a graph of weights W >= 0; D = diag(W 1), L = D - W, G = I - L.
+# J(α) = α^T L α = 1/2 sum of w_ij (α_i - α_j)^2 for symmetric W, and the sought α minimises it.
+#   E-step       dJ/dα = 2 L α; a step of length 1/2 gives α^p = α^u - L α^u = G α^u.
+#   M-step of g  -log p >= 1 - p, and rows of Y sum to 1, so that -Y^T log α^p >= N - Y^T G α^u. For
+#                Y = α^u that is a constant plus α^T L α: if G is symmetric, the loss bounds J.
+#   M-step of f  f learns α^p.
+# With Y = α^u, g would learn G = I. Hence the mined Y, of which Y^T L α <= α^T L α is expected, not
+# proved. J falls in each E-step if G is symmetric with a spectrum in (-1, 1]. A G of scans is not,
+# and SGD on f and g promises nothing: the logged energies show what happened.
+def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
+    """J(α) = 1/2 sum over i, j of G_ij (α_i - α_j)^2, summed over classes, without an N x N matrix:
+
+        1/2 sum over i of [α_i^2 - 2 α_i (G α)_i + (G α^2)_i]        (rows of G sum to 1)
+
+    values α (B, C, H, W), gates (B, 4, 4, H, W) -> (B,).
+    """
+    # Δ P: [ours] this is α^T L α of W = (G + G^T) / 2, never negative under `softmax`; of a G
+    # that is not symmetric, α^T (I - G) α can be.
+    values = at_least_float32(values)
+    squares = values.square()
+    moved = propagate(torch.cat([values, squares], dim=1), gates, passes, rule)
+    mean, mean_square = moved.chunk(2, dim=1)
+    return (squares - 2 * values * mean + mean_square).sum(dim=(1, 2, 3)) / 2
+
+
+class GuidanceNet(nn.Module):
+    """g: an encoder with skips that makes a picture's gates.
+
+    images (B, 3, H, W) -> gates (B, 4, 4, h, w), logits at the cells.
+    """
+
+    def __init__(self, net: str, weights: str, stride: int, width: int = 32):
+        super().__init__()
+        # Δ P: [ours] after SPN's guidance network [cited], on another encoder.
+        small = [(12, 2, 1), (24, 2, 1), (48, 1, 1), (48, 1, 2), (48, 1, 4)]
+        self.stages, widths = trunk(net, weights, 4, small)
+        self.stride = stride
+        self.skips = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
+        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+        self.gates = nn.Conv2d(width, 16, 3, padding=1)
+        nn.init.zeros_(self.gates.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = images[0, 0, :: self.stride, :: self.stride].shape
+        features, skips = images, []
+        for stage, skip in zip(self.stages, self.skips, strict=True):
+            features = stage(features)
+            skips.append(skip(features))
+        merged = skips.pop()
+        for skip in reversed(skips):
+            merged = resize(merged, skip.shape[2:]) + skip
+        return self.gates(self.smooth(resize(merged, size))).unflatten(1, (4, 4))
 
 
 def affinity_loss(refined: Tensor, labels: Tensor) -> Tensor:
-    """L_α = -Y^T log α^p (paper), a mean over the pixels whose label is known.
+    """L_α = -Y^T log α^p [paper], a mean over the pixels whose label is known; 0 without any.
 
-    refined α^p (B, C, H, W), probabilities; labels Y (B, H, W), 255 unknown -> (). Nothing known:
-    0, with zero gradient. A value below 1e-6 counts as 1e-6, one above 1, which `abs` can give, as
-    1; neither passes a gradient (ours).
+    refined α^p (B, C, H, W), probabilities; labels Y (B, H, W), 255 unknown -> ().
     """
     known = labels != VOID
     chosen = refined.gather(1, torch.where(known, labels, 0)[:, None])[:, 0]  # (B, H, W)
+    # Δ P: [ours] below 1e-6 counts as 1e-6, above 1, which `abs` can give, as 1; no gradient there.
     losses = -chosen.clamp(1e-6, 1.0).log()
     return torch.where(known, losses, 0.0).sum() / known.sum().clamp(min=1)
 
@@ -138,102 +471,74 @@ def smoothness_loss(
     generator: torch.Generator | None = None,
     rule: str = "softmax",
 ) -> Tensor:
-    """L_s = ||G - P G||^2 / N (Frobenius norm), estimated; a mean over the batch.
+    """L_s = ||G - G_s||^2 / N [paper], Frobenius norm, estimated; a mean over the batch.
 
-    gates (B, 4, 4, H, W), segments (B, H, W) at the gates' resolution -> (). The paper's L_s is
-    ||G - G_s||^2 with G_s of the superpixels; P G for G_s is our reading. G is `propagate` with all
-    its passes. The loss is 0 if and only if G makes any map constant on every superpixel: smooth
-    inside, edges at borders. The estimate (Hutchinson) is ||(I - P) G z||^2 / N, a mean over
-    `probes` maps z of random signs: without bias, since the mean of z z^T is I. Signs come from
-    the CPU, or from where the generator is.
+    gates (B, 4, 4, H, W), segments (B, H, W) at the gates' resolution -> (). G has all its passes.
+    The estimate (Hutchinson) is ||(I - P) G z||^2 / N, a mean over `probes` maps z of random signs:
+    without bias, since the mean of z z^T is I. Signs come from the CPU, or the generator's device.
     """
+    # Δ P: [ours] G_s, "of each superpixel region", is P G. Then L_s is 0 if and only if G makes any
+    # map constant on every superpixel: smooth inside, edges at borders.
     shape = len(gates), probes, *gates.shape[-2:]
-    # A constant input: the gradient reaches the gates alone.
     device = "cpu" if generator is None else generator.device
     coins = torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8)
-    signs = (2 * coins - 1).to(gates)  # z
+    signs = (2 * coins - 1).to(gates)  # z, a constant: the gradient reaches the gates alone
     moved = propagate(signs, gates, passes, rule)  # G z
     return (moved - project(moved, segments, count)).square().mean()
 
 
-def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
-    """J(α) = 1/2 sum over i, j of G_ij (α_i - α_j)^2, summed over classes, without an N x N matrix:
+# --- views: pictures and maps of them, cut alike ---
 
-        1/2 sum over i of [α_i^2 - 2 α_i (G α)_i + (G α^2)_i]        (rows of G sum to 1)
 
-    values α (B, C, H, W), gates (B, 4, 4, H, W) -> (B,). The paper's J is α^T L α with G = I - L,
-    for a symmetric G. That of the scans is not; this is α^T L α with L = D - W of its symmetric
-    part W = (G + G^T) / 2 (ours), never negative under `softmax`. α^T (I - G) α of such a G can be.
+def tag_view(image: Tensor, tags: Tensor, crop: int, scales: tuple) -> tuple[Tensor, Tensor]:
+    """A random crop of a picture (3, H, W) uint8, and its tags, all of them."""
+    return train_view(image, torch.zeros_like(image[0]), crop, scales)[0], tags
+
+
+def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+    """One random crop, flipped or not, of a picture (3, H, W) uint8 and of maps of it.
+
+    Labels (H, W) are at its pixels, probabilities (C, h, w) at its cells. A picture smaller than
+    the crop is continued by its last pixels. Returns the picture normalised.
     """
-    values = at_least_float32(values)
-    squares = values.square()
-    moved = propagate(torch.cat([values, squares], dim=1), gates, passes, rule)
-    mean, mean_square = moved.chunk(2, dim=1)
-    return (squares - 2 * values * mean + mean_square).sum(dim=(1, 2, 3)) / 2
+    places = [max(side - crop, 0) // stride + 1 for side in image.shape[1:]]
+    starts, cuts = [stride * int(torch.randint(count, ())) for count in places], []
+    for values in (image, *maps):
+        cell = stride if values.is_floating_point() else 1
+        rows, columns = (
+            (start // cell + torch.arange(crop // cell)).clamp(max=side - 1)
+            for start, side in zip(starts, values.shape[-2:], strict=True)
+        )
+        cuts.append(values[..., rows, :][..., columns])
+    return random_flip(normalise(cuts[0].float() / 255), *cuts[1:])
 
 
-# --- labels: seeds, and mining of confident regions ---
+def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
+    """--clamp: α^u (B, C, h, w), but where regions were mined, their labels (B, H, W)."""
+    known = mined != VOID
+    onehot = F.one_hot(mined.masked_fill(~known, 0), unary.shape[1]).permute(0, 3, 1, 2)
+    pixels = unary.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
+    return F.avg_pool2d(torch.where(known[:, None], onehot.to(unary), pixels), stride)
 
 
-def seeds(cams: Tensor, tags: Tensor, fg: float, bg: float) -> Tensor:
-    """Y_0 from class activation maps: a class above fg, background below bg, unknown between.
-
-    cams (B, K, H, W) in [0, 1], tags (B, K) bool -> (B, H, W) int64, 0 the background, c + 1 for
-    class c, 255 unknown. Only a picture's own tags count; without any it is all background. The
-    paper shows such maps, not their rule; two thresholds are IRN's (cited).
-    """
-    score, best = cams.masked_fill(~tags[:, :, None, None], -torch.inf).max(dim=1)  # (B, H, W)
-    return torch.where(score > fg, best + 1, torch.where(score < bg, 0, VOID))
+# --- stages: each leaves maps for the next ---
 
 
-def majority_labels(
-    unary_labels: Tensor, segments: Tensor, count: int, num_classes: int, share: float = 0.8
-) -> Tensor:
-    """The 80 % rule (paper): the class that `share` of a superpixel's pixels or more agree on.
-
-    unary_labels, segments (B, H, W) -> (B, S) int64; 255 where no class has that share, and for
-    empty superpixels. A pixel labelled 255 agrees with none, but counts in the superpixel's size.
-    """
-    stride = num_classes + 1  # one cell more, for 255
-    cells = segments.flatten(1) * stride + unary_labels.flatten(1).long().clamp(max=num_classes)
-    votes = cells.new_zeros(len(cells), count * stride)
-    votes = votes.scatter_add_(1, cells, torch.ones_like(cells)).view(-1, count, stride)
-    most, label = votes[..., :num_classes].max(dim=2)
-    # 80 of 100 pixels are enough, however 0.8 is rounded.
-    agreed = (most > 0) & (most >= (share - 1e-6) * votes.sum(dim=2))
-    return torch.where(agreed, label, VOID)
-
-
-def mine(
-    region_probs: Tensor | None, majority: Tensor, tags: Tensor, tau: float, mode: str = "relabel"
-) -> Tensor:
-    """Y_t on superpixels: the region network's class where it is confident. -> (B, S) int64.
-
-    region_probs (B, S, K + 1), majority (B, S) from `majority_labels`, tags (B, K) bool; 255 is
-    unknown. relabel (paper's Fig. 4, our reading): the likeliest of the picture's classes where
-    its probability, renormalised over them, is tau or more, whatever the majority says; never
-    where it is NaN. rule80: the majority's label and no network; region_probs may be None.
-    """
-    if mode == "relabel":
-        conf, labels = mask_tags(region_probs.mT, tags).max(dim=1)  # (B, S)
-        known = conf >= tau  # False where conf is NaN
-    elif mode == "rule80":
-        possible = F.pad(tags, (1, 0), value=True)
-        labels = torch.where(majority == VOID, 0, majority)
-        known = (majority != VOID) & possible.gather(1, labels)
-    else:
-        raise ValueError(f'mode is "relabel" or "rule80", not {mode!r}')
-    return torch.where(known, labels, VOID)
-
-
-# --- the stages, in the paper's order; each leaves maps for the next ---
+def descend(loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR, clip: float) -> None:
+    """One step down the loss, the gradient's norm clipped."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    optimizer.step()
+    schedule.step()
 
 
 def find_superpixels(run: Run, cfg: Config, maps: Maps) -> None:
-    """Superpixels of all pictures, once. SLIC is ours; the paper's Fig. 4 looks graph-based."""
+    """Superpixels of all pictures, once."""
     for index in maps.share(run):
         image = maps.image(index)[None].to(run.device) / 255
         count = max(image[0, 0].numel() // cfg.segment_size**2, 1)
+        # Δ P: [ours] SLIC; the superpixels of the paper's Fig. 4 look graph-based.
         maps.write("superpixels", index, slic(image, count, cfg.compactness)[0])
     run.barrier()
 
@@ -243,30 +548,26 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
     net = TagNet(maps.tags.shape[1], cfg.net, cfg.weights)
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
-
-    view = partial(tag_view, crop=cfg.crop_size, scales=cfg.scales)
-    batches = maps.loader(run, steps, view, "tags")
-    for step, batch in zip(run.loop(steps), batches, strict=True):
-        images, tags = run.to_device(batch)
+    view = partial(tag_view, crop=cfg.crop_size, scales=cfg.tag_scales)
+    batches = iter(maps.loader(run, steps, view, "tags"))
+    for step in run.loop(steps):
+        images, tags = run.to_device(next(batches))
         with run.autocast():
-            scores = trained(images).mean(dim=(2, 3))  # (B, K)
-            loss = F.multilabel_soft_margin_loss(scores, tags.float())  # as PSA's (cited)
-        descend(loss, optimizer, schedule)
+            scores = trained(images)  # (B, K, h, w)
+        # Δ P: [cited: PSA] its loss.
+        loss = F.multilabel_soft_margin_loss(scores.float().mean(dim=(2, 3)), tags.float())
+        descend(loss, optimizer, schedule, cfg.clip)
         run.log(step, loss_tags=loss)
     run.average_buffers(net.eval())
 
-    for index, images in maps.each(run):
-        tags = maps.tags[index, None].to(run.device)
+    for index, images, tags, segments in maps.each(run):
         cams = activation_maps(net, images, tags, cfg.cam_scales)  # (1, K, H, W)
         maps.write("cam", index, F.pad(F.avg_pool2d(cams, cfg.stride)[0], (0, 0, 0, 0, 1, 0)))
-        segments = maps.read("superpixels", index)[None].to(run.device)
         height, width = segments.shape[1:]
-        # Averaged over superpixels before the thresholds, as in MCOF (cited).
+        # Δ P: [cited: MCOF] averaged over superpixels before the thresholds.
         cams = project(cams[..., :height, :width], segments, maps.count)
         maps.write("seeds", index, seeds(cams, tags, cfg.fg, cfg.bg)[0])
-    run.barrier()
-    best = maps.best_threshold(run, "cam", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
-    return maps.quality(run, "seeds", "seeds") | {"cam": best}
+    return maps.quality(run, "seeds", "seeds") | {"cam": maps.best_threshold(run, "cam")}
 
 
 def train_unary(
@@ -275,113 +576,107 @@ def train_unary(
     """f_t on the seeds, or on what the round before refined; its α^u; the 80 % rule."""
     unary = run.networks[0]
     optimizer, schedule = sgd_poly([unary], cfg.lr, cfg.weight_decay, len(steps))
-    source = "seeds" if t == 1 else f"labels{t - 1}"
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
-    batches = maps.loader(run, steps, view, source)
-    for step, batch in zip(run.loop(steps), batches, strict=True):
-        images, labels, _ = run.to_device(batch)
+    batches = iter(maps.loader(run, steps, view, "seeds" if t == 1 else f"labels{t - 1}"))
+    for step in run.loop(steps):
+        images, labels, _ = run.to_device(next(batches))
         with run.autocast():
-            loss = cross_entropy(trained(images), labels)
-        descend(loss, optimizer, schedule)
+            logits = trained(images)  # (B, C, H, W)
+        loss = cross_entropy(logits, labels)
+        descend(loss, optimizer, schedule, cfg.clip)
         run.log(step, loss_unary=loss)
         if (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop:
             run.average_buffers(unary)
             run.note(step, f"unary{t}", val=score().nanmean().item())
     run.average_buffers(unary.eval())
 
-    for index, images in maps.each(run):
-        segments = maps.read("superpixels", index)[None]
-        height, width = segments.shape[1:]
+    for index, images, tags, segments in maps.each(run):
         with torch.no_grad(), run.autocast():
-            probs = mask_tags(unary(images).softmax(dim=1).cpu(), maps.tags[index, None])  # α^u
+            probs = mask_tags(unary(images).softmax(dim=1), tags)  # α^u
         maps.write(f"unary{t}", index, F.avg_pool2d(probs, cfg.stride)[0])
+        height, width = segments.shape[1:]
         labels = probs.argmax(dim=1)[:, :height, :width]
         majority = majority_labels(labels, segments, maps.count, maps.num_classes, cfg.share)
         maps.write(f"majority{t}", index, paint(majority, segments)[0])
         if cfg.method == "direct":
             maps.write(f"labels{t}", index, labels[0])
     unary.train()
-    run.barrier()
     return maps.quality(run, "majority", f"majority{t}") | maps.quality(run, "unary", f"unary{t}")
 
 
 def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
-    """f^m learns the superpixels that 80 % agree on, then judges all of them: Y_t.
-
-    With --mining rule80 nothing is learnt, and the stage's steps are not taken.
-    """
-    steps = steps if cfg.mining == "relabel" else steps[:0]
-    net = RegionNet(maps.num_classes, cfg.net, cfg.weights)
+    """f^m learns the superpixels that 80 % agree on, then judges all of them: Y_t."""
+    steps = steps[:0] if cfg.mining == "rule80" else steps  # there nothing is learnt
+    net = RegionNet(maps.num_classes, cfg.net, cfg.weights)  # Δ P: [ours] anew in each round
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
-
     view = partial(crop_view, cfg.crop_size, cfg.stride)
-    batches = maps.loader(run, steps, view, "superpixels", f"majority{t}")
-    for step, batch in zip(run.loop(steps), batches, strict=True):
-        images, *both = run.to_device(batch)
-        segments, painted = (at_cells(pixels, cfg.stride) for pixels in both)
-        majority = of_segments(painted, segments, maps.count)  # (B, S)
+    batches = iter(maps.loader(run, steps, view, "superpixels", f"majority{t}"))
+    for step in run.loop(steps):
+        images, segments, majority = run.to_device(next(batches))
+        segments = at_cells(segments, cfg.stride)  # (B, h, w)
+        labels = of_segments(at_cells(majority, cfg.stride), segments, maps.count)  # (B, S)
         with run.autocast():
-            loss = balanced_cross_entropy(trained(images, segments, maps.count), majority)  # L_m
-        descend(loss, optimizer, schedule)
+            logits = trained(images, segments, maps.count)  # (B, S, C)
+        loss = region_loss(logits, labels)  # L_m
+        descend(loss, optimizer, schedule, cfg.clip)
         run.log(step, loss_region=loss)
     run.average_buffers(net.eval())
 
-    for index, images in maps.each(run):
-        segments = maps.read("superpixels", index)[None]
-        painted = maps.read(f"majority{t}", index)[None]
+    for index, images, tags, segments in maps.each(run):
+        majority = maps.read(f"majority{t}", index)[None].to(run.device)
+        majority = of_segments(majority, segments, maps.count)
         cells = at_cells(pad(segments, cfg.stride), cfg.stride)
         with torch.no_grad():
-            probs = net(images, cells.to(run.device), maps.count).softmax(dim=2).cpu()  # (1, S, C)
+            probs = net(images, cells, maps.count).softmax(dim=2)  # (1, S, C)
         _, sizes = segment_mean(cells[:, None], cells, maps.count)
         probs = probs.masked_fill(sizes[..., None] == 0, torch.nan)  # no cell, no features
-        majority = of_segments(painted, segments, maps.count)
-        labels = mine(probs, majority, maps.tags[index, None], cfg.tau, cfg.mining)
+        labels = mine(probs, majority, tags, cfg.tau, cfg.mining)
         maps.write(f"mined{t}", index, paint(labels, segments)[0])
-    run.barrier()
     return maps.quality(run, "mined", f"mined{t}")
 
 
-def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
-    """g_t learns gates from Y_t; α^p = G_t α^u; f_{t+1} learns its argmax (paper's Fig. 2)."""
-    net = GuidanceNet(cfg.net, cfg.weights, cfg.stride)
+def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> GuidanceNet:
+    """g_t learns gates from Y_t."""
+    net = GuidanceNet(cfg.net, cfg.weights, cfg.stride)  # Δ P: [ours] anew in each round
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
-
     view = partial(crop_view, cfg.crop_size, cfg.stride)
-    batches = maps.loader(run, steps, view, "superpixels", f"mined{t}", f"unary{t}")
-    for step, batch in zip(run.loop(steps), batches, strict=True):
-        images, segments, mined, probs = run.to_device(batch)
+    batches = iter(maps.loader(run, steps, view, "superpixels", f"mined{t}", f"unary{t}"))
+    for step in run.loop(steps):
+        images, segments, mined, probs = run.to_device(next(batches))
         with run.autocast():
             gates = trained(images).float()  # (B, 4, 4, h, w)
-        refined = propagate(probs, gates, cfg.passes, cfg.rule)  # α^p = G α^u
-        # L_α at the pixels that were mined; that α^p is enlarged, not its logarithm, is ours.
+        refined = propagate(probs, gates, cfg.passes, cfg.rule)  # α^p = G α^u, at the cells
+        # Δ P: [ours] L_α at the pixels that were mined; α^p is enlarged, not its logarithm.
         loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)
         cells = at_cells(segments, cfg.stride)
         smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule)
-        descend(loss_affinity + cfg.lam * smooth, optimizer, schedule)  # L_α + λ L_s
+        descend(loss_affinity + cfg.lam * smooth, optimizer, schedule, cfg.clip)  # L_α + λ L_s
         run.log(step, loss_affinity=loss_affinity, loss_smooth=smooth)
     run.average_buffers(net.eval())
+    return net
 
-    energies = torch.zeros(2)
-    for index, images in maps.each(run):
-        probs = maps.read(f"unary{t}", index)[None].to(run.device)
-        start = probs
+
+@torch.no_grad()
+def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[str, float]:
+    """α^p = G_t α^u; its likeliest classes are what f_{t+1} learns [paper's Fig. 2]."""
+    energies = torch.zeros(1, 2, device=run.device)  # of α^u and of α^p
+    for index, images, tags, _ in maps.each(run):
+        probs = start = maps.read(f"unary{t}", index)[None].to(run.device)
         if cfg.clamp:
             mined = pad(maps.read(f"mined{t}", index), cfg.stride)[None].to(run.device)
             start = clamped(probs, mined, cfg.stride)
-        with torch.no_grad():
-            gates = net(images)
-            refined = propagate(start, gates, cfg.passes, cfg.rule).clamp(min=0.0)
-            refined = mask_tags(refined, maps.tags[index, None].to(run.device))  # α^p
-            # J of G itself: each pass is one step down.
-            both = [energy(a, gates, rule=cfg.rule)[0] for a in (probs, refined)]
-            energies += torch.stack(both).cpu()
+        gates = net(images)
+        # Two E-steps with --passes 2 [cited: SPN], G^2 α^u.
+        refined = propagate(start, gates, cfg.passes, cfg.rule).clamp(min=0.0)
+        refined = mask_tags(refined, tags)
+        # J of G itself: each pass is one step down.
+        energies += torch.cat([energy(a, gates, rule=cfg.rule) for a in (probs, refined)])
         maps.write(f"refined{t}", index, refined[0])
         maps.write(f"labels{t}", index, maps.labels(f"refined{t}", index))
-    run.barrier()
-    before, after = run.gather(energies[None].to(run.device)).sum(dim=0) / len(maps.names)
-    energies = dict(energy_unary=before.item(), energy_refined=after.item())
+    before, after = (run.gather(energies).sum(dim=0) / len(maps.names)).tolist()
+    energies = dict(energy_unary=before, energy_refined=after)
     return maps.quality(run, "refined", f"labels{t}") | energies
 
 
@@ -394,7 +689,8 @@ def plan(cfg: Config) -> list[tuple[str, int, range]]:
     rounds = cfg.rounds if cfg.method in ("ial", "direct") else 0
     stages = [("seeds", 0, classifier)]
     for t in range(1, rounds + 2) if cfg.method != "cam" else ():
-        stages.append(("unary", t, cfg.iters))  # the last is the result, as in MCOF (cited)
+        # Δ P: [cited: MCOF] the result is the last unary network, which learns from round T.
+        stages.append(("unary", t, cfg.iters))
         if cfg.method == "ial" and t <= rounds:
             stages += [("region", t, region), ("pairwise", t, pairwise)]
     ends = accumulate(n for _, _, n in stages)
@@ -407,7 +703,7 @@ def check_flags(cfg: Config) -> None:
     for name in ("fg", "bg", "share", "tau"):
         if getattr(cfg, name) > 1:
             raise InputError(f"--{name} {getattr(cfg, name)}: must be between 0 and 1")
-    for name in ("segment_size", "probes", "passes", "stride"):
+    for name in ("segment_size", "probes", "passes", "stride", "clip"):
         if not getattr(cfg, name):
             raise InputError(f"--{name.replace('_', '-')} 0: must be positive")
     if cfg.bg > cfg.fg:
@@ -421,8 +717,7 @@ def check_flags(cfg: Config) -> None:
 def train(cfg: Config) -> Result:
     """Run all stages; the result's model is the last unary network, untrained after --method cam.
 
-    A resumed run starts again the stage that it was in. Raises InputError for flags and files that
-    cannot be right.
+    A resumed run starts again the stage that it was in.
     """
     check_flags(cfg)
     stages = plan(cfg)
@@ -430,6 +725,7 @@ def train(cfg: Config) -> Result:
     tagged = load_tagged(cfg.dataset, cfg.data_path, cfg.background)
     data, num_classes = tagged.data, len(tagged.data.classes)
     run.print(tagged.summary())
+    # Δ P: [ours] DeepLabv3+, for the paper's DeepLab on VGG16 and ResNet.
     unary = DeepLabV3Plus(num_classes, cfg.backbone, cfg.weights, cfg.width)
     check(data, run.rank, run.world, whole=True)
     initial, trained = deepcopy(unary.state_dict()), run.wrap(unary)
@@ -448,24 +744,24 @@ def train(cfg: Config) -> Result:
         if name == "seeds":
             find_superpixels(run, cfg, maps)
             figures = find_seeds(run, cfg, maps, steps)  # Y_0
-        elif name == "unary":
-            unary.load_state_dict(initial)  # each f_t starts anew (ours)
-            figures = train_unary(run, cfg, maps, steps, t, trained, score)  # f_t, α^u, 80 % rule
-        elif name == "region":
-            figures = mine_regions(run, cfg, maps, steps, t)  # f^m, Y_t
+        elif name == "unary":  # M-step of f: f_t learns α^p of the round before, at first Y_0
+            unary.load_state_dict(initial)  # Δ P: [ours] each f_t starts anew
+            figures = train_unary(run, cfg, maps, steps, t, trained, score)  # α^u
+        elif name == "region":  # the target of g's M-step
+            figures = mine_regions(run, cfg, maps, steps, t)  # Y_t
         else:
-            figures = train_pairwise(run, cfg, maps, steps, t)  # g_t, α^p
+            pairwise = train_pairwise(run, cfg, maps, steps, t)  # M-step of g: g_t learns Y_t
+            figures = refine(run, cfg, maps, pairwise, t)  # E-step: α^p = G α^u
         run.note(steps.stop - 1, f"{name}{t or ''}", **figures)
         if name == "unary":
             run.record(steps.stop - 1, score())
         else:
             run.save(steps.stop - 1)
 
-    if run.rank == 0 and cfg.method != "cam":
-        shown = {"seeds": "seeds"}
-        if cfg.method == "ial" and cfg.rounds:
-            shown |= {"mined": f"mined{cfg.rounds}", "refined": f"labels{cfg.rounds}"}
-        stage_panels(run.folder / "panels.png", maps, shown, unary, data)
+    if run.rank == 0:
+        last = stages[-1][1]
+        kinds = ["seeds", f"mined{last - 1}", f"labels{last - 1}", f"unary{last}"]
+        maps.panels(run.folder / "panels.png", [k for k in kinds if (maps.folder / k).is_dir()])
     return run.finish()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import PolynomialLR
 
@@ -36,13 +36,3 @@ def sgd_poly(
     groups = [group for group in groups if group["params"]]
     optimizer = SGD(groups, lr=lr, momentum=0.9)
     return optimizer, PolynomialLR(optimizer, total_iters=iters, power=0.9)
-
-
-def descend(loss: Tensor, optimizer: SGD, schedule: PolynomialLR, max_norm: float = 5.0) -> None:
-    """One step down the loss, the gradient's norm clipped."""
-    optimizer.zero_grad()
-    loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.step()
-    schedule.step()

@@ -1,4 +1,4 @@
-"""Superpixels by SLIC (Achanta et al., TPAMI 2012), and means over them; batched."""
+"""Superpixels by SLIC (Achanta et al., TPAMI 2012), batched."""
 
 import math
 from itertools import product
@@ -101,41 +101,3 @@ def to_lab(images: Tensor) -> Tensor:
         t = (r * red + g * green + b * blue) / (r + g + b)
         f.append(torch.where(t > (6 / 29) ** 3, t ** (1 / 3), t / (3 * (6 / 29) ** 2) + 4 / 29))
     return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])], dim=1)
-
-
-def segment_mean(values: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Means (B, S, C) of values (B, C, H, W) over each segment, and pixel counts (B, S) int64.
-
-    segments (B, H, W) int64, ids below count = S; an empty one has mean 0.
-    """
-    values, index = at_least_float32(values).flatten(2), segments.flatten(1)
-    sums = values.new_zeros(*values.shape[:2], count)
-    sums = sums.scatter_add(2, index[:, None].expand_as(values), values)  # (B, C, S)
-    sizes = index.new_zeros(len(index), count).scatter_add_(1, index, torch.ones_like(index))
-    return (sums / sizes.clamp(min=1)[:, None]).mT, sizes
-
-
-def project(values: Tensor, segments: Tensor, count: int) -> Tensor:
-    """P values: every pixel gets the mean of its segment. (B, C, H, W) -> (B, C, H, W).
-
-    P_ij = 1 / |S(i)| where i and j share the segment S(i), else 0.
-    """
-    means, _ = segment_mean(values, segments, count)
-    index = segments.flatten(1)[:, None].expand(-1, values.shape[1], -1)
-    return means.mT.gather(2, index).view(values.shape)
-
-
-def paint(labels: Tensor, segments: Tensor) -> Tensor:
-    """Labels of superpixels (B, S) -> of their pixels (B, H, W)."""
-    return labels.gather(1, segments.flatten(1)).view_as(segments)
-
-
-def of_segments(painted: Tensor, segments: Tensor, count: int) -> Tensor:
-    """The inverse of `paint`: (B, H, W) -> (B, S), void for a superpixel without pixels."""
-    labels = torch.full((len(painted), count), 255, device=painted.device)
-    return labels.scatter(1, segments.flatten(1), painted.flatten(1))
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32: sums over many pixels and long scans need its digits."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

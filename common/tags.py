@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import Data, layout
@@ -119,20 +118,3 @@ def _classes_in_mask(found: Data, name: str) -> set[int]:
         raise InputError(f"{image}: has neither mask nor tags; write {found.root / 'tags.txt'}")
     values = found.lookup[np.flatnonzero(np.bincount(read_mask(mask).ravel(), minlength=256))]
     return {int(value) for value in values if value not in (0, BAD, VOID)}
-
-
-def mask_tags(probs: Tensor, tags: Tensor) -> Tensor:
-    """Probabilities with the classes that a picture's tags exclude set to 0, renormalised.
-
-    probs (B, K + 1, ...), class 0 the background, which is always possible; tags (B, K) bool.
-    Absent classes go as in MCOF (cited); renormalising is ours. Where nothing is left, all
-    possible classes are equally likely.
-    """
-    possible = F.pad(tags, (1, 0), value=True)  # (B, K + 1)
-    possible = possible.view(*possible.shape, *[1] * (probs.ndim - 2)).to(probs.dtype)
-    # torch.where, not a product: an absent class may be NaN or infinite for all we care.
-    kept = torch.where(possible > 0, probs, 0.0)
-    total = kept.sum(dim=1, keepdim=True)
-    nothing = total == 0
-    uniform = possible / possible.sum(dim=1, keepdim=True)
-    return torch.where(nothing, uniform, kept / total.masked_fill(nothing, 1.0))

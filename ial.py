@@ -35,7 +35,7 @@ f^m sees little around a superpixel; every network starts anew in each round; SL
     python ial.py    # 65.5 mIoU, mean of three seeds (first unary 59.6); 9 minutes on two CPU cores
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -46,15 +46,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
+from torchvision.ops import Conv2dNormActivation as ConvBNReLU
 
-from common.augment import normalise, random_flip, train_view, whole_view
-from common.data import VOID, check, val_loader
-from common.deeplab import DeepLabV3Plus, conv_bn_relu, dilated_resnet
-from common.losses import cross_entropy
+from common.augment import normalise, random_flip, train_view
+from common.deeplab import DeepLabV3Plus, dilated_resnet
+from common.flags import Batch, Count, InputError, Positive, RunConfig, Share, Side, check_config
+from common.losses import VOID, cross_entropy
 from common.maps import Maps, at_cells, at_pixels, pad
-from common.metrics import evaluate, iou
 from common.optim import sgd_poly
-from common.run import InputError, Result, Run, RunConfig, check_config, main
+from common.run import Result, Run, main
 from common.slic import slic
 from common.tags import load_tagged
 
@@ -63,34 +63,33 @@ from common.tags import load_tagged
 class Config(RunConfig):
     """IAL's settings for the embedded dataset, ours unless marked; RECIPES has the others."""
 
-    iters: int = 240  # steps of a unary network; the other networks' are shares of them
-    eval_every: int = 120  # steps of a unary network between two looks at its mIoU
-    crop_size: int = 64  # side of a training crop in pixels, a multiple of 8
-    batch_size: int = 16  # pictures per process
+    iters: Count = 240  # steps of a unary network; the other networks' are shares of them
+    eval_every: Count = 120  # steps of a unary network between two looks at its mIoU
+    crop_size: Side = 64  # side of a training crop in pixels, a multiple of 8
+    batch_size: Batch = 16  # pictures per process
     background: str = ""  # names of the classes, with commas between, that become class 0
     method: Literal["ial", "direct", "unary", "cam"] = "ial"  # the others are baselines
     rounds: int = 2  # T: 5 in the paper
     net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # the other three networks
     net_lr: float = 0.2  # their learning rate
     net_steps: tuple[float, ...] = (1.2, 0.5, 1.8)  # classifier, region, pairwise: shares of iters
-    clip: float = 5.0  # norm to which a step's gradient is cut
+    clip: Positive = 5.0  # largest norm of a gradient: f begins at 10, g with --rule abs at 80
     tag_scales: tuple[float, ...] = (1.0,)  # of the classifier's crops
     cam_scales: tuple[float, ...] = (1.0,)  # of a picture, at which activation maps are summed
-    fg: float = 0.3  # a seed of a class is a superpixel with activation above this (cited: IRN)
-    bg: float = 0.05  # and of background one where all are below this (cited: IRN)
+    fg: Share = 0.3  # a seed of a class is a superpixel with activation above this (cited: IRN)
+    bg: Share = 0.05  # and of background one where all are below this (cited: IRN)
     scales: tuple[float, ...] = (1.0,)  # of the unary networks' crops
-    segment_size: int = 6  # side of a superpixel in pixels, about
+    segment_size: Count = 6  # side of a superpixel in pixels, about
     compactness: float = 20.0  # of superpixels: weight of place against colour
-    share: float = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
+    share: Share = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
     mining: Literal["relabel", "agree", "rule80"] = "relabel"  # see mine(); rule80 has no network
-    tau: float = 0.7  # τ: confidence from which on a region is mined; read off the paper's Fig. 4
-    stride: int = 2  # side of a cell in pixels: maps are propagated from cell to cell
+    tau: Share = 0.7  # τ: confidence from which on a region is mined; read off the paper's Fig. 4
+    stride: Count = 2  # side of a cell in pixels: maps are propagated from cell to cell
     rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)
-    passes: int = 2  # how often G is applied (cited: SPN)
+    passes: Count = 2  # how often G is applied (cited: SPN)
     lam: float = 0.3  # λ, weight of the smoothness loss
-    probes: int = 2  # R, random maps that estimate it
+    probes: Count = 2  # R, random maps that estimate it
     clamp: bool = False  # propagate mined labels where there are any: ours, not the paper's
-    width: int = 64  # channels of ASPP and decoder: 256 in the DeepLabv3+ paper
 
 
 # Δ P: [ours] lengths and rates; crops of about the usual 321 pixels. The classifier's are PSA's
@@ -118,7 +117,7 @@ def trunk(net: str, weights: str, depth: int, small: list) -> tuple[nn.Sequentia
     if net == "small":
         widths = [width for width, _, _ in small]
         layers = zip([3, *widths], small, strict=False)
-        stages = [conv_bn_relu(c, w, 3, dilation, stride) for c, (w, stride, dilation) in layers]
+        stages = [ConvBNReLU(c, w, 3, stride, dilation=d) for c, (w, stride, d) in layers]
         return nn.Sequential(*stages), widths
     resnet = dilated_resnet(net, weights)
     first = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
@@ -311,10 +310,10 @@ def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softm
     for _ in range(passes):
         values = F.pad(at_least_float32(values), square)
         lines = Scan.apply(own * to_lines(values, values, values, values), neighbours)  # (L, C, J)
-        turned = lines.unflatten(2, (4, batch, side)).unbind(2)  # (L, C, B, L) each
-        right, left, down, up = (maps.permute(2, 1, 3, 0) for maps in turned)
+        right, left, down, up = lines.unflatten(2, (4, batch, side)).unbind(2)  # (L, C, B, L)
+        columns, rows = right + left.flip(0), down + up.flip(0)
         # Δ P: [ours] their mean; SPN's maximum is not linear, there would be no G.
-        values = (right + left.flip(-1) + (down + up.flip(-1)).mT) / 4
+        values = (columns.permute(2, 1, 3, 0) + rows.permute(2, 1, 0, 3)) / 4
         values = values[..., :height, :width]
     return values
 
@@ -348,11 +347,13 @@ def gate_weights(gates: Tensor, rule: str = "softmax") -> Tensor:
 def to_lines(right: Tensor, left: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Four maps (B, C, L, L), one for each scan -> lines (L, C, J) in the order of scanning.
 
-    All are turned so that a scan is from left to right, and run in one loop: the columns of all
-    scans and pictures lie end to end, J = 4 B L.
+    All scans run in one loop. A line is a column for `right` and `left`, a row for `down` and `up`;
+    those of all scans and pictures lie end to end, J = 4 B L.
     """
-    turned = right, left.flip(-1), down.mT, up.mT.flip(-1)
-    return torch.stack([maps.permute(3, 1, 0, 2) for maps in turned], dim=2).flatten(2)
+    columns, rows = (3, 1, 0, 2), (2, 1, 0, 3)  # -> (L, C, B, L)
+    right, left = right.permute(columns), left.permute(columns).flip(0)
+    down, up = down.permute(rows), up.permute(rows).flip(0)
+    return torch.stack([right, left, down, up], dim=2).flatten(2)
 
 
 def scan(x: Tensor, gates: Tensor, step: int = 1) -> Tensor:
@@ -571,10 +572,9 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
 
 
 def train_unary(
-    run: Run, cfg: Config, maps: Maps, steps: range, t: int, trained: nn.Module, score: Callable
+    run: Run, cfg: Config, maps: Maps, steps: range, t: int, unary: nn.Module, trained: nn.Module
 ) -> dict[str, float]:
     """f_t on the seeds, or on what the round before refined; its α^u; the 80 % rule."""
-    unary = run.networks[0]
     optimizer, schedule = sgd_poly([unary], cfg.lr, cfg.weight_decay, len(steps))
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
     batches = iter(maps.loader(run, steps, view, "seeds" if t == 1 else f"labels{t - 1}"))
@@ -587,7 +587,7 @@ def train_unary(
         run.log(step, loss_unary=loss)
         if (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop:
             run.average_buffers(unary)
-            run.note(step, f"unary{t}", val=score().nanmean().item())
+            run.note(step, f"unary{t}", val=run.score(unary).nanmean().item())
     run.average_buffers(unary.eval())
 
     for index, images, tags, segments in maps.each(run):
@@ -698,14 +698,8 @@ def plan(cfg: Config) -> list[tuple[str, int, range]]:
 
 
 def check_flags(cfg: Config) -> None:
-    """Raise InputError for flags of this script that cannot be right."""
+    """Raise InputError for flags that cannot be right, or do not go together."""
     check_config(cfg)
-    for name in ("fg", "bg", "share", "tau"):
-        if getattr(cfg, name) > 1:
-            raise InputError(f"--{name} {getattr(cfg, name)}: must be between 0 and 1")
-    for name in ("segment_size", "probes", "passes", "stride", "clip"):
-        if not getattr(cfg, name):
-            raise InputError(f"--{name.replace('_', '-')} 0: must be positive")
     if cfg.bg > cfg.fg:
         raise InputError(f"--bg {cfg.bg}: must not be above --fg {cfg.fg}")
     if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:
@@ -722,20 +716,13 @@ def train(cfg: Config) -> Result:
     check_flags(cfg)
     stages = plan(cfg)
     run = Run("ial", cfg, total=stages[-1][2].stop)
-    tagged = load_tagged(cfg.dataset, cfg.data_path, cfg.background)
-    data, num_classes = tagged.data, len(tagged.data.classes)
-    run.print(tagged.summary())
+    data = load_tagged(cfg.dataset, cfg.data_path, cfg.background)
+    run.print(data.summary())
     # Δ P: [ours] DeepLabv3+, for the paper's DeepLab on VGG16 and ResNet.
-    unary = DeepLabV3Plus(num_classes, cfg.backbone, cfg.weights, cfg.width)
-    check(data, run.rank, run.world, whole=True)
+    unary = DeepLabV3Plus(len(data.classes), cfg.backbone, cfg.weights, cfg.width)
     initial, trained = deepcopy(unary.state_dict()), run.wrap(unary)
-    run.start([unary], data, dict(unary=unary), tagged.summary())
-    maps = Maps(run.folder / "maps", tagged, cfg.stride)
-    val = val_loader(data, whole_view, **run.loading)
-
-    def score() -> Tensor:
-        with run.autocast():
-            return iou(evaluate(unary, val, num_classes, run.device))
+    run.start(data, [unary], unary=unary)
+    maps = Maps(run.folder / "maps", data, cfg.stride)
 
     for name, t, steps in stages:
         if steps.stop <= run.first:  # done before the run was resumed
@@ -746,7 +733,7 @@ def train(cfg: Config) -> Result:
             figures = find_seeds(run, cfg, maps, steps)  # Y_0
         elif name == "unary":  # M-step of f: f_t learns α^p of the round before, at first Y_0
             unary.load_state_dict(initial)  # Δ P: [ours] each f_t starts anew
-            figures = train_unary(run, cfg, maps, steps, t, trained, score)  # α^u
+            figures = train_unary(run, cfg, maps, steps, t, unary, trained)  # α^u
         elif name == "region":  # the target of g's M-step
             figures = mine_regions(run, cfg, maps, steps, t)  # Y_t
         else:
@@ -754,15 +741,13 @@ def train(cfg: Config) -> Result:
             figures = refine(run, cfg, maps, pairwise, t)  # E-step: α^p = G α^u
         run.note(steps.stop - 1, f"{name}{t or ''}", **figures)
         if name == "unary":
-            run.record(steps.stop - 1, score())
+            run.record(steps.stop - 1, run.score(unary))
         else:
             run.save(steps.stop - 1)
 
-    if run.rank == 0:
-        last = stages[-1][1]
-        kinds = ["seeds", f"mined{last - 1}", f"labels{last - 1}", f"unary{last}"]
-        maps.panels(run.folder / "panels.png", [k for k in kinds if (maps.folder / k).is_dir()])
-    return run.finish()
+    last = stages[-1][1]  # of the rounds, or one more
+    kinds = "seeds", f"mined{last - 1}", f"labels{last - 1}", f"unary{last}"
+    return run.finish(partial(maps.panels, kinds=kinds))
 
 
 if __name__ == "__main__":

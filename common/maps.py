@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.augment import normalise
-from common.data import VOID, Draws, draws_loader, read_pair
+from common.data import Draws, draws_loader, read_pair
 from common.flags import LoneError
+from common.layouts import Data
+from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
-from common.predict import colorize, sheet
+from common.panels import colorize, sheet
 from common.run import Run
-from common.tags import Tagged
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -30,11 +31,11 @@ class Maps:
     may show: the others are 0. Only `quality` and what follows it open masks.
     """
 
-    def __init__(self, folder: Path, tagged: Tagged, stride: int):
-        self.folder, self.stride, self.names = folder, stride, tagged.names
-        self.data, self.pairs, self.tags = tagged.data, tagged.data.labeled, tagged.tags
-        self.num_classes = len(self.data.classes)
-        self.possible = F.pad(self.tags, (1, 0), value=True)  # (N, C) bool, background included
+    def __init__(self, folder: Path, data: Data, stride: int):
+        self.folder, self.data, self.stride = folder, data, stride
+        self.names, self.pairs, self.tags = list(data.train), data.labeled, data.tags
+        self.num_classes = len(data.classes)
+        self.possible = F.pad(data.tags, (1, 0), value=True)  # (N, C) bool, background included
 
     def image(self, index: int) -> Tensor:
         """A picture (3, H, W) uint8."""
@@ -152,8 +153,8 @@ class Maps:
         return run.gather(counts[None].to(run.device)).sum(dim=0)[:, :-1].cpu().double()
 
     def panels(self, path: Path, kinds: Sequence[str], rows: int = 6) -> None:
-        """Write one PNG of some pictures: activation, superpixels, labels of `kinds`, truth."""
-        strips = []
+        """Write one PNG of some pictures, with those of `kinds` that were made, and the truth."""
+        kinds, strips = [kind for kind in kinds if (self.folder / kind).is_dir()], []
         for index in sorted({round(i) for i in np.linspace(0, len(self.names) - 1, rows)}):
             image, ids = self.image(index), self.read("superpixels", index)
             heat = (255 * self.read("cam", index).amax(dim=0)).byte().expand(3, -1, -1)

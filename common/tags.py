@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common.data import Data, layout
 from common.flags import InputError

@@ -110,9 +110,8 @@ resize = partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 def trunk(net: str, weights: str, depth: int, small: list) -> tuple[nn.Sequential, list[int]]:
-    """An encoder's stages and their widths: a ResNet's first `depth`, of strides 2, 4, 8, 16, 16.
-
-    For net "small", 3x3 convolutions, each a (width, stride, dilation).
+    """Stages and their widths: a ResNet's first `depth`, of strides 2, 4, 8, 16, 16, or for net
+    "small" 3x3 convolutions, each a (width, stride, dilation).
     """
     if net == "small":
         widths = [width for width, _, _ in small]
@@ -166,17 +165,14 @@ def seeds(cams: Tensor, tags: Tensor, fg: float, bg: float) -> Tensor:
 # --- mining: confident regions ---
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32: sums over many pixels and long scans need its digits."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def segment_mean(values: Tensor, segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Means (B, S, C) of values (B, C, H, W) over each segment, and pixel counts (B, S) int64.
 
     segments (B, H, W) int64, ids below count = S; an empty one has mean 0.
     """
-    values, index = at_least_float32(values).flatten(2), segments.flatten(1)
+    # In half precision a sum over many pixels would lose its digits.
+    values = values.to(torch.promote_types(values.dtype, torch.float32)).flatten(2)
+    index = segments.flatten(1)
     sums = values.new_zeros(*values.shape[:2], count)
     sums = sums.scatter_add(2, index[:, None].expand_as(values), values)  # (B, C, S)
     sizes = index.new_zeros(len(index), count).scatter_add_(1, index, torch.ones_like(index))
@@ -206,10 +202,9 @@ def majority_labels(
 ) -> Tensor:
     """The 80 % rule [paper]: the class that `share` of a superpixel's pixels or more agree on.
 
-    unary_labels, segments (B, H, W) -> (B, S) int64; 255 where no class has that share, and for
-    empty superpixels. A pixel labelled 255 agrees with none, but counts in the superpixel's size.
+    unary_labels, segments (B, H, W) -> (B, S) int64; 255 where no class has that share.
     """
-    kinds = num_classes + 1  # one more, for 255
+    kinds = num_classes + 1  # one more, for pixels of 255: they agree with none, but count
     votes = segments.flatten(1) * kinds + unary_labels.flatten(1).long().clamp(max=num_classes)
     counts = votes.new_zeros(len(votes), count * kinds)
     counts = counts.scatter_add_(1, votes, torch.ones_like(votes)).view(-1, count, kinds)
@@ -271,11 +266,10 @@ def mask_tags(probs: Tensor, tags: Tensor) -> Tensor:
 def mine(
     region_probs: Tensor | None, majority: Tensor, tags: Tensor, tau: float, mode: str = "relabel"
 ) -> Tensor:
-    """Y_t on superpixels: labels of those that are confidently of a class. -> (B, S) int64.
+    """Y_t on superpixels (B, S) int64: a class where the region network is confident, else 255.
 
-    region_probs (B, S, K + 1), majority (B, S) from `majority_labels`, tags (B, K) bool; 255 is
-    unknown. The region network is confident of the likeliest of the picture's classes where its
-    probability, renormalised over them, is tau or more; never where it is NaN.
+    region_probs (B, S, K + 1), majority (B, S) from `majority_labels`, tags (B, K) bool. Confident:
+    the probability, renormalised over the picture's own classes, is tau or more.
     """
     if mode == "rule80":  # Δ P: [ours] no region network: the majority's label
         possible = F.pad(F.pad(tags, (1, 0), value=True), (0, VOID - tags.shape[1]))  # (B, 256)
@@ -301,15 +295,16 @@ def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softm
 
     values (B, C, H, W), gates (B, 4, 4, H, W), logits -> (B, C, H, W), float32 at least.
     """
+    values, gates = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (values, gates))
     batch, _, height, width = values.shape
     side = max(height, width)
     square = (0, side - width, 0, side - height)  # what to add: zeros, which feed nothing
-    weights = F.pad(gate_weights(at_least_float32(gates), rule), square).unbind(1)
+    weights = F.pad(gate_weights(gates, rule), square).unbind(1)
     # Δ P: [ours] one G for all classes: a map that sums to 1 over classes still does.
     neighbours, own = to_lines(*weights).split((3, 1), dim=1)  # (L, 3, J), (L, 1, J)
     for _ in range(passes):
-        values = F.pad(at_least_float32(values), square)
-        lines = Scan.apply(own * to_lines(values, values, values, values), neighbours)  # (L, C, J)
+        x = F.pad(values, square)
+        lines = Scan.apply(own * to_lines(x, x, x, x), neighbours)  # (L, C, J)
         right, left, down, up = lines.unflatten(2, (4, batch, side)).unbind(2)  # (L, C, B, L)
         columns, rows = right + left.flip(0), down + up.flip(0)
         # Δ P: [ours] their mean; SPN's maximum is not linear, there would be no G.
@@ -324,8 +319,6 @@ def gate_weights(gates: Tensor, rule: str = "softmax") -> Tensor:
     Axis 1: the scan left to right, right to left, top to bottom, bottom to top. Axis 2: the
     previous line's neighbour before (row r - 1, or column c - 1), same, after, and the pixel's own
     value. A source outside the picture has weight 0, and the others still sum to 1 [cited: SPN].
-    abs, as in SPN's code: z / sum of |z| over the three neighbours, of any sign; own: what is
-    missing to 1.
     """
     if rule not in ("softmax", "abs"):
         raise ValueError(f'rule is "softmax" or "abs", not {rule!r}')
@@ -339,7 +332,7 @@ def gate_weights(gates: Tensor, rule: str = "softmax") -> Tensor:
         # that the paper's theory asks for.
         exists = F.pad(exists, (0, 0, 0, 0, 0, 1), value=True)  # a pixel's own value always does
         return gates.masked_fill(~exists, -torch.inf).softmax(dim=2)
-    z = gates[:, :, :3]
+    z = gates[:, :, :3]  # as in SPN's code: of any sign; own is what is missing to 1
     weights = z / z.abs().sum(dim=2, keepdim=True).clamp(min=1e-6) * exists
     return torch.cat([weights, 1 - weights.sum(dim=2, keepdim=True)], dim=2)
 
@@ -359,9 +352,9 @@ def to_lines(right: Tensor, left: Tensor, down: Tensor, up: Tensor) -> Tensor:
 def scan(x: Tensor, gates: Tensor, step: int = 1) -> Tensor:
     """h_t = x_t + before_t S h_(t-1) + same_t h_(t-1) + after_t S' h_(t-1), line by line.
 
-    x (L, C, J), gates (L, 3, J) -> h (L, C, J + 2), with one place more at each end. S shifts a
-    line by a place to the right, S' to the left. Nothing crosses from one picture into the next,
-    for gates are 0 at borders. With step -1 from the last line to the first, S and S' exchanged.
+    x (L, C, J), gates (L, 3, J), 0 at pictures' borders -> h (L, C, J + 2), a place more at each
+    end. S shifts a line by a place to the right, S' to the left. Step -1: from the last line to the
+    first, S and S' exchanged.
     """
     h = F.pad(x, (1, 1))
     sources = [h[..., k : k + x.shape[2]].unbind() for k in range(3)]  # S h, h, S' h
@@ -384,10 +377,8 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The adjoint is a scan from the other end, with the gates of the line that it leaves.
-
-        d_t = grad_t + S' (before d)_(t+1) + (same d)_(t+1) + S (after d)_(t+1), d = dL/dh = dL/dx.
-        """
+        # The adjoint is a scan from the other end, with the gates of the line that it leaves:
+        # d_t = grad_t + S' (before d)_(t+1) + (same d)_(t+1) + S (after d)_(t+1), d = dL/dh = dL/dx
         h, gates = ctx.saved_tensors
         before, same, after = gates.roll(-1, 0).unbind(1)  # of line t + 1
         back = torch.stack([before.roll(-1, 1), same, after.roll(1, 1)], dim=1)
@@ -415,18 +406,14 @@ def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax"
     """
     # Δ P: [ours] this is α^T L α of W = (G + G^T) / 2, never negative under `softmax`; of a G
     # that is not symmetric, α^T (I - G) α can be.
-    values = at_least_float32(values)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     squares = values.square()
-    moved = propagate(torch.cat([values, squares], dim=1), gates, passes, rule)
-    mean, mean_square = moved.chunk(2, dim=1)
+    mean, mean_square = propagate(torch.cat([values, squares], 1), gates, passes, rule).chunk(2, 1)
     return (squares - 2 * values * mean + mean_square).sum(dim=(1, 2, 3)) / 2
 
 
 class GuidanceNet(nn.Module):
-    """g: an encoder with skips that makes a picture's gates.
-
-    images (B, 3, H, W) -> gates (B, 4, 4, h, w), logits at the cells.
-    """
+    """g, an encoder with skips: images (B, 3, H, W) -> logits at the cells (B, 4, 4, h, w)."""
 
     def __init__(self, net: str, weights: str, stride: int, width: int = 32):
         super().__init__()
@@ -472,11 +459,10 @@ def smoothness_loss(
     generator: torch.Generator | None = None,
     rule: str = "softmax",
 ) -> Tensor:
-    """L_s = ||G - G_s||^2 / N [paper], Frobenius norm, estimated; a mean over the batch.
+    """L_s = ||G - G_s||^2 / N [paper], Frobenius norm, G with all passes; a mean over the batch.
 
-    gates (B, 4, 4, H, W), segments (B, H, W) at the gates' resolution -> (). G has all its passes.
-    The estimate (Hutchinson) is ||(I - P) G z||^2 / N, a mean over `probes` maps z of random signs:
-    without bias, since the mean of z z^T is I. Signs come from the CPU, or the generator's device.
+    gates (B, 4, 4, H, W), segments (B, H, W) at the gates' resolution -> (). Hutchinson's estimate,
+    ||(I - P) G z||^2 / N over `probes` maps z of random signs: the mean of z z^T is I.
     """
     # Δ P: [ours] G_s, "of each superpixel region", is P G. Then L_s is 0 if and only if G makes any
     # map constant on every superpixel: smooth inside, edges at borders.
@@ -499,8 +485,8 @@ def tag_view(image: Tensor, tags: Tensor, crop: int, scales: tuple) -> tuple[Ten
 def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
     """One random crop, flipped or not, of a picture (3, H, W) uint8 and of maps of it.
 
-    Labels (H, W) are at its pixels, probabilities (C, h, w) at its cells. A picture smaller than
-    the crop is continued by its last pixels. Returns the picture normalised.
+    Labels (H, W) are at its pixels, probabilities (C, h, w) at its cells; what is smaller than the
+    crop is continued. Returns the picture normalised.
     """
     places = [max(side - crop, 0) // stride + 1 for side in image.shape[1:]]
     starts, cuts = [stride * int(torch.randint(count, ())) for count in places], []
@@ -561,7 +547,7 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
         run.log(step, loss_tags=loss)
     run.average_buffers(net.eval())
 
-    for index, images, tags, segments in maps.each(run):
+    for index, images, tags, segments in maps.each(run, "superpixels"):
         cams = activation_maps(net, images, tags, cfg.cam_scales)  # (1, K, H, W)
         maps.write("cam", index, F.pad(F.avg_pool2d(cams, cfg.stride)[0], (0, 0, 0, 0, 1, 0)))
         height, width = segments.shape[1:]
@@ -590,7 +576,7 @@ def train_unary(
             run.note(step, f"unary{t}", val=run.score(unary).nanmean().item())
     run.average_buffers(unary.eval())
 
-    for index, images, tags, segments in maps.each(run):
+    for index, images, tags, segments in maps.each(run, "superpixels"):
         with torch.no_grad(), run.autocast():
             probs = mask_tags(unary(images).softmax(dim=1), tags)  # α^u
         maps.write(f"unary{t}", index, F.avg_pool2d(probs, cfg.stride)[0])
@@ -613,19 +599,18 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
     view = partial(crop_view, cfg.crop_size, cfg.stride)
     batches = iter(maps.loader(run, steps, view, "superpixels", f"majority{t}"))
     for step in run.loop(steps):
-        images, segments, majority = run.to_device(next(batches))
-        segments = at_cells(segments, cfg.stride)  # (B, h, w)
-        labels = of_segments(at_cells(majority, cfg.stride), segments, maps.count)  # (B, S)
+        images, segments, painted = run.to_device(next(batches))
+        cells = at_cells(segments, cfg.stride)  # (B, h, w)
+        majority = of_segments(at_cells(painted, cfg.stride), cells, maps.count)  # (B, S)
         with run.autocast():
-            logits = trained(images, segments, maps.count)  # (B, S, C)
-        loss = region_loss(logits, labels)  # L_m
+            logits = trained(images, cells, maps.count)  # (B, S, C)
+        loss = region_loss(logits, majority)  # L_m
         descend(loss, optimizer, schedule, cfg.clip)
         run.log(step, loss_region=loss)
     run.average_buffers(net.eval())
 
-    for index, images, tags, segments in maps.each(run):
-        majority = maps.read(f"majority{t}", index)[None].to(run.device)
-        majority = of_segments(majority, segments, maps.count)
+    for index, images, tags, segments, painted in maps.each(run, "superpixels", f"majority{t}"):
+        majority = of_segments(painted, segments, maps.count)  # (1, S)
         cells = at_cells(pad(segments, cfg.stride), cfg.stride)
         with torch.no_grad():
             probs = net(images, cells, maps.count).softmax(dim=2)  # (1, S, C)
@@ -662,8 +647,8 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
 def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[str, float]:
     """α^p = G_t α^u; its likeliest classes are what f_{t+1} learns [paper's Fig. 2]."""
     energies = torch.zeros(1, 2, device=run.device)  # of α^u and of α^p
-    for index, images, tags, _ in maps.each(run):
-        probs = start = maps.read(f"unary{t}", index)[None].to(run.device)
+    for index, images, tags, probs in maps.each(run, f"unary{t}"):
+        start = probs
         if cfg.clamp:
             mined = pad(maps.read(f"mined{t}", index), cfg.stride)[None].to(run.device)
             start = clamped(probs, mined, cfg.stride)
@@ -686,12 +671,12 @@ def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[
 def plan(cfg: Config) -> list[tuple[str, int, range]]:
     """The stages in order: name, round t, and which of the whole run's steps are its own."""
     classifier, region, pairwise = (round(share * cfg.iters) for share in cfg.net_steps)
-    rounds = cfg.rounds if cfg.method in ("ial", "direct") else 0
+    # Δ P: [cited: MCOF] the result is one more unary network, which learns from round T.
+    last = {"cam": 0, "unary": 1}.get(cfg.method, cfg.rounds + 1)
     stages = [("seeds", 0, classifier)]
-    for t in range(1, rounds + 2) if cfg.method != "cam" else ():
-        # Δ P: [cited: MCOF] the result is the last unary network, which learns from round T.
+    for t in range(1, last + 1):
         stages.append(("unary", t, cfg.iters))
-        if cfg.method == "ial" and t <= rounds:
+        if cfg.method == "ial" and t < last:
             stages += [("region", t, region), ("pairwise", t, pairwise)]
     ends = accumulate(n for _, _, n in stages)
     return [(name, t, range(end - n, end)) for (name, t, n), end in zip(stages, ends, strict=True)]
@@ -709,10 +694,7 @@ def check_flags(cfg: Config) -> None:
 
 
 def train(cfg: Config) -> Result:
-    """Run all stages; the result's model is the last unary network, untrained after --method cam.
-
-    A resumed run starts again the stage that it was in.
-    """
+    """Run all stages; the result's model is the last unary network, untrained with --method cam."""
     check_flags(cfg)
     stages = plan(cfg)
     run = Run("ial", cfg, total=stages[-1][2].stop)
@@ -725,7 +707,7 @@ def train(cfg: Config) -> Result:
     maps = Maps(run.folder / "maps", data, cfg.stride)
 
     for name, t, steps in stages:
-        if steps.stop <= run.first:  # done before the run was resumed
+        if steps.stop <= run.first:  # done before the run was resumed; others start again
             continue
         run.seed(steps.start)  # of the networks that the stage makes
         if name == "seeds":

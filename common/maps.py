@@ -98,16 +98,15 @@ class Maps:
         """This process's share of the pictures."""
         return range(run.rank, len(self.names), run.world)
 
-    def each(self, run: Run) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def each(self, run: Run, *kinds: str) -> Iterator[tuple[int, Tensor, ...]]:
         """This process's share of the pictures, then a wait for the other processes.
 
         Each is its index, the picture (1, 3, H', W'), normalised and padded to multiples of the
-        stride, its tags (1, K) and its superpixels (1, H, W).
+        stride, its tags (1, K), and its maps of these kinds.
         """
         for index in self.share(run):
-            image = pad(self.image(index), self.stride).to(run.device).float() / 255
-            others = self.tags[index], self.read("superpixels", index)
-            yield index, normalise(image)[None], *(other[None].to(run.device) for other in others)
+            image, *others = (t[None].to(run.device) for t in self.draw(index, ("tags", *kinds)))
+            yield index, normalise(pad(image, self.stride).float() / 255), *others
         run.barrier()
 
     def quality(self, run: Run, name: str, kind: str) -> dict[str, float]:

@@ -9,28 +9,30 @@ all superpixels by what regions of a class have in common, and those it is sure 
 train a pairwise network, which learns the affinity G of pixels from the picture. G carries the
 unary predictions along; what comes out trains the next unary network: each learns from the other.
 
-We had neither the paper's text nor code. Marks: [paper] its abstract, figures, tables, and formulas
-that a review reports; [cited: ...] related work; [ours]. `grep Δ ial.py` lists what is not [paper].
+We had neither the paper's text nor code. Marks: [paper], its abstract, figures, tables, formulas
+that a review reports; [cited: ...], SPN (Liu et al. 2017), PSA (Ahn, Kwak 2018), IRN (Ahn et al.
+2019), MCOF (Wang et al. 2018); [ours]. `grep Δ ial.py` lists what is not [paper].
 
-Where to find it               function                  [paper]
-    Y_0 from CAM               activation_maps, seeds
-    80 % rule                  majority_labels
-    L_m = -L^T log f^m, Y_t    RegionNet, region_loss, mine
-    α^p = G α^u, J = α^T L α   propagate, energy
-    L_α = -Y^T log α^p         GuidanceNet, affinity_loss
-    L_s = ||G - G_s||^2        smoothness_loss
+Where to find it
+    CAM, seeds Y_0           TagNet, activation_maps, seeds
+    80 % rule                majority_labels
+    L_m = -Σ L_ij log f^m    RegionNet, region_loss; mine, for Y_t
+    α^p = G α^u              GuidanceNet, propagate
+    J = α^T L α, EM          energy, and the lines above it
+    L_α = -Y^T log α^p       affinity_loss
+    L_s = ||G - G_s||^2      smoothness_loss
 
-Stage in round t    reads maps, °at cells, not pixels    writes
-    find_superpixels                                     superpixels
-    find_seeds      superpixels, and a picture's tags    cam°, seeds
-    train_unary     seeds, or labels of round t - 1      unary°, majority
-    mine_regions    superpixels, majority                mined
-    train_pairwise  superpixels, mined, unary°           (g_t alone)
-    refine          unary°                               refined°, labels
+Stage               reads, of each picture                 writes: labels at pixels, °maps at cells
+    find_superpixels                                       superpixels
+    find_seeds      tags, superpixels                      cam°, seeds
+    train_unary     seeds, later labels of round t - 1     unary°, majority
+    mine_regions    superpixels, majority                  mined
+    train_pairwise  superpixels, mined, unary°             (the network g_t)
+    refine          unary°                                 refined°, labels
 
 Choices that change results, all [ours]: gates are a softmax, and G is the mean of four scans where
 SPN takes their maximum, so that G is a matrix whose rows sum to 1; G_s = P G; mining relabels;
-f^m sees little around a superpixel; every network starts anew in each round; SLIC, and no CRF.
+f^m sees little around a superpixel; f_t, f^m, g_t start anew in each round; SLIC, and no CRF.
 
     python ial.py    # 65.5 mIoU, mean of three seeds (first unary 59.6); 9 minutes on two CPU cores
 """
@@ -137,14 +139,13 @@ class TagNet(nn.Sequential):
 
 @torch.no_grad()
 def activation_maps(net: TagNet, images: Tensor, tags: Tensor, scales: Sequence[float]) -> Tensor:
-    """CAM [paper]: the classifier's scores where they are positive, over their maximum.
+    """CAM [paper]: where in a picture the classifier finds a class.
 
     images (B, 3, H, W), tags (B, K) -> (B, K, H, W) in [0, 1], 0 for absent classes.
     """
     total = 0.0
-    for scale in scales:  # Δ P: [cited: PSA] a sum over scales and flips
-        size = [max(round(scale * side), 32) for side in images.shape[2:]]
-        scaled = resize(images, size)
+    for scale in scales:  # Δ P: [cited: PSA] the sum over scales and flips, over its maximum
+        scaled = resize(images, [max(round(scale * side), 32) for side in images.shape[2:]])
         total = total + resize(net(scaled).relu(), images.shape[2:])
         total = total + resize(net(scaled.flip(-1)).relu(), images.shape[2:]).flip(-1)
     total = total * tags[:, :, None, None]
@@ -236,12 +237,12 @@ class RegionNet(nn.Module):
 
 
 def region_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """L_m = -L^T log f^m [paper] of the regions whose label is known; 0 without any.
+    """L_m = -Σ L_ij log f^m(S_ij) [paper] over the regions whose label is known; 0 without any.
 
-    logits (B, S, C) of f^m, labels L (B, S), 255 unknown -> ().
+    logits (B, S, C) of f^m, labels (B, S), 255 unknown -> ().
     """
-    known = labels != VOID
-    onehot = F.one_hot(labels.masked_fill(~known, 0), logits.shape[2]) * known[..., None]
+    kinds = logits.shape[2]
+    onehot = F.one_hot(labels.clamp(max=kinds), kinds + 1)[..., :kinds]  # (B, S, C), 0 of 255
     losses = -(onehot * logits.float().log_softmax(dim=2)).sum(dim=(0, 1))  # (C,)
     sizes = onehot.sum(dim=(0, 1))
     # Δ P: [ours] the mean over classes of the mean over a class's regions: most are background.
@@ -512,9 +513,10 @@ def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
 
 
 def descend(loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR, clip: float) -> None:
-    """One step down the loss, the gradient's norm clipped."""
+    """One step down the loss."""
     optimizer.zero_grad()
     loss.backward()
+    # Δ P: [ours] clipped.
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()
     schedule.step()
@@ -647,13 +649,10 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
 def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[str, float]:
     """α^p = G_t α^u; its likeliest classes are what f_{t+1} learns [paper's Fig. 2]."""
     energies = torch.zeros(1, 2, device=run.device)  # of α^u and of α^p
-    for index, images, tags, probs in maps.each(run, f"unary{t}"):
-        start = probs
-        if cfg.clamp:
-            mined = pad(maps.read(f"mined{t}", index), cfg.stride)[None].to(run.device)
-            start = clamped(probs, mined, cfg.stride)
+    for index, images, tags, probs, mined in maps.each(run, f"unary{t}", f"mined{t}"):
+        # Δ P: [ours] --clamp. Two E-steps with --passes 2 [cited: SPN]: G^2 α^u.
+        start = clamped(probs, pad(mined, cfg.stride), cfg.stride) if cfg.clamp else probs
         gates = net(images)
-        # Two E-steps with --passes 2 [cited: SPN], G^2 α^u.
         refined = propagate(start, gates, cfg.passes, cfg.rule).clamp(min=0.0)
         refined = mask_tags(refined, tags)
         # J of G itself: each pass is one step down.
@@ -721,11 +720,9 @@ def train(cfg: Config) -> Result:
         else:
             pairwise = train_pairwise(run, cfg, maps, steps, t)  # M-step of g: g_t learns Y_t
             figures = refine(run, cfg, maps, pairwise, t)  # E-step: α^p = G α^u
-        run.note(steps.stop - 1, f"{name}{t or ''}", **figures)
-        if name == "unary":
-            run.record(steps.stop - 1, run.score(unary))
-        else:
-            run.save(steps.stop - 1)
+        done = steps.stop - 1
+        run.note(done, f"{name}{t or ''}", **figures)
+        run.record(done, run.score(unary)) if name == "unary" else run.save(done)
 
     last = stages[-1][1]  # of the rounds, or one more
     kinds = "seeds", f"mined{last - 1}", f"labels{last - 1}", f"unary{last}"

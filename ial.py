@@ -95,8 +95,8 @@ class Config(RunConfig):
 
 
 # Δ P: [ours] lengths and rates; crops of about the usual 321 pixels. The classifier's are PSA's
-# [cited], 448 pixels of long sides 256 to 512: at the unary's scales a crop would show 60 % of a
-# VOC picture of 500 pixels, and yet carry all its tags.
+# [cited], 448 of long sides of 256 to 512: at the unary's scales a crop would show 60 % of a VOC
+# picture on average, and yet carry all its tags.
 REAL = dict(backbone="resnet50", weights="IMAGENET1K_V1", width=256, crop_size=320, workers=4)
 REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5, batch_size=8)
 REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
@@ -290,13 +290,13 @@ def mine(
 
 
 def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
-    """G^passes applied to a map. G is the mean of four scans [cited: SPN]; from left to right it is
+    """G^passes applied to a map. G is the mean of SPN's four scans [cited]; that to the right is
 
         h[r, c] = own[r, c] x[r, c] + sum over k = -1, 0, 1 of gate_k[r, c] h[r + k, c - 1]
 
     values (B, C, H, W), gates (B, 4, 4, H, W), logits -> (B, C, H, W), float32 at least.
     """
-    values, gates = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (values, gates))
+    values, gates = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (values, gates))
     batch, _, height, width = values.shape
     side = max(height, width)
     square = (0, side - width, 0, side - height)  # what to add: zeros, which feed nothing
@@ -304,8 +304,8 @@ def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softm
     # Δ P: [ours] one G for all classes: a map that sums to 1 over classes still does.
     neighbours, own = to_lines(*weights).split((3, 1), dim=1)  # (L, 3, J), (L, 1, J)
     for _ in range(passes):
-        x = F.pad(values, square)
-        lines = Scan.apply(own * to_lines(x, x, x, x), neighbours)  # (L, C, J)
+        whole = F.pad(values, square)
+        lines = Scan.apply(own * to_lines(whole, whole, whole, whole), neighbours)  # (L, C, J)
         right, left, down, up = lines.unflatten(2, (4, batch, side)).unbind(2)  # (L, C, B, L)
         columns, rows = right + left.flip(0), down + up.flip(0)
         # Δ P: [ours] their mean; SPN's maximum is not linear, there would be no G.

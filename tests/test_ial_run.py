@@ -163,24 +163,21 @@ def test_the_log_is_about_the_maps_that_lie_there(whole, data):
         assert torch.equal(maps.read("labels1", index), large[0].argmax(dim=0)[:37, :45])
 
 
-@pytest.mark.parametrize(
-    "method, rounds, expected",
-    [
-        ("ial", 0, "seeds unary1"),
-        ("ial", 2, "seeds unary1 region1 pairwise1 unary2 region2 pairwise2 unary3"),
-        ("direct", 0, "seeds unary1"),
-        ("direct", 2, "seeds unary1 unary2 unary3"),
-        ("unary", 2, "seeds unary1"),
-        ("cam", 2, "seeds"),
-    ],
-)
-def test_the_plan_has_the_stages_of_the_method(method, rounds, expected):
-    cfg = ial.Config(method=method, rounds=rounds, iters=10, net_steps=(1.2, 0.5, 0.3))
-    stages, done = ial.plan(cfg), 0
-    assert " ".join(f"{name}{t or ''}" for name, t, _ in stages) == expected
-    for name, _, steps in stages:
-        assert steps == range(done, done + dict(seeds=12, unary=10, region=5, pairwise=3)[name])
-        done = steps.stop
+def test_the_plan_has_the_stages_of_the_method():
+    lengths = dict(seeds=12, unary=10, region=5, pairwise=3)
+    ial2 = "seeds unary1 region1 pairwise1 unary2 region2 pairwise2 unary3"
+    direct2, unary = "seeds unary1 unary2 unary3", "seeds unary1"
+    cases = dict(
+        ial=(unary, ial2), direct=(unary, direct2), unary=(unary, unary), cam=("seeds",) * 2
+    )
+    for method, expected in cases.items():
+        for rounds, stages in zip((0, 2), expected, strict=True):
+            cfg = ial.Config(method=method, rounds=rounds, iters=10, net_steps=(1.2, 0.5, 0.3))
+            plan, done = ial.plan(cfg), 0
+            assert " ".join(f"{name}{t or ''}" for name, t, _ in plan) == stages
+            for name, _, steps in plan:
+                assert steps == range(done, done + lengths[name])
+                done = steps.stop
 
 
 def test_baselines_share_the_first_stages(whole, data, tmp_path, capsys):
@@ -309,7 +306,7 @@ def test_mining_without_a_network_and_by_agreement(data, tmp_path):
 
 def test_superpixels_without_a_cell_are_mined_nowhere(data, tmp_path):
     """At stride 8 a cell's label is that of one of 64 pixels, and superpixels have about 36."""
-    run(tmp_path, data, stride=8, tau=0.0)
+    run(tmp_path, data, stride=8, tau=0.0, rule="abs", passes=1)
     maps, unseen = maps_of(tmp_path, data, stride=8), 0
     for index in range(5):
         mined, segments = maps.read("mined1", index), maps.read("superpixels", index)
@@ -384,26 +381,15 @@ def test_a_run_that_stops_in_any_stage_goes_on_exactly(whole, data, tmp_path, mo
 
 
 def test_evaluations_between_leave_lines_and_nothing_else(data, tmp_path):
-    flags = dict(method="unary", iters=5, net_steps=(0.4, 1.0, 1.0))
+    flags = dict(method="unary", iters=5, net_steps=(0.4, 1.0, 1.0), scales=(0.5, 2.0))
     run(tmp_path / "often", data, **flags | dict(eval_every=2))
-    run(tmp_path / "never", data, **flags | dict(eval_every=99))
+    run(tmp_path / "never", data, **flags | dict(eval_every=99, workers=1))
     lines = [line for line in logged(tmp_path / "often") if "val" in line]
     assert [(line["stage"], line["step"]) for line in lines] == [("unary1", 4), ("unary1", 6)]
     assert all(0 <= line["val"] <= 1 and len(line) == 3 for line in lines)
     assert not any("val" in line for line in logged(tmp_path / "never"))
     assert same(weights(tmp_path / "often"), weights(tmp_path / "never"))
     assert files(tmp_path / "often") == files(tmp_path / "never")
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        dict(rule="abs", stride=4, passes=1, amp="bf16", cam_scales=(0.5, 1.0)),
-        dict(scales=(0.5, 2.0), tag_scales=(0.5, 1.0), workers=1),
-    ],
-)
-def test_other_settings_run(flags, data, tmp_path):
-    assert math.isfinite(run(tmp_path, data, **flags).miou)
 
 
 def test_the_loss_of_tags_is_taken_in_float32(data, tmp_path, monkeypatch):
@@ -415,7 +401,7 @@ def test_the_loss_of_tags_is_taken_in_float32(data, tmp_path, monkeypatch):
         return loss(scores, tags)
 
     monkeypatch.setattr(F, "multilabel_soft_margin_loss", noted)
-    run(tmp_path, data, method="cam", amp="bf16")
+    assert math.isfinite(run(tmp_path, data, amp="bf16", cam_scales=(0.5, 1.0)).miou)
     assert seen == [(torch.float32, False)] * 2
 
 

@@ -84,7 +84,7 @@ class Config(RunConfig):
     segment_size: Count = 6  # side of a superpixel in pixels, about
     compactness: float = 20.0  # of superpixels: weight of place against colour
     share: Share = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
-    mining: Literal["relabel", "agree", "rule80"] = "relabel"  # see mine(); rule80 has no network
+    mining: Literal["relabel", "agree", "rule80"] = "relabel"  # ours; the review's; without f^m
     tau: Share = 0.7  # τ: confidence from which on a region is mined; read off the paper's Fig. 4
     stride: Count = 2  # side of a cell in pixels: maps are propagated from cell to cell
     rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trees
+from few_shapes import light_resnet
 from PIL import Image
 from test_tags import SHOWN, tagged_tree
-from torch import nn
 
 import common.maps
 import ial
+from common import deeplab
 from common.augment import normalise
-from common.deeplab import DeepLabV3Plus
 from common.layouts import voc_colors
 from common.losses import VOID
 from common.maps import Maps, at_cells, pad
@@ -36,23 +36,9 @@ ALONE = SimpleNamespace(rank=0, world=1, device="cpu", gather=lambda tensor: ten
 NAMES = ["000", "001", "002", "004", "005"]  # 003 shows no class
 
 
-class Small(DeepLabV3Plus):
-    """The unary network in two layers."""
-
-    def __init__(self, num_classes, backbone, weights, width):
-        nn.Module.__init__(self)
-        self.arguments = dict(num_classes=num_classes, backbone=backbone, width=width)
-        self.backbone = nn.Sequential(nn.Conv2d(3, width, 4, stride=4), nn.BatchNorm2d(width))
-        self.decoder = nn.Conv2d(width, width, 3, padding=1)
-        self.classifier_dropout, self.classifier = nn.Identity(), nn.Conv2d(width, num_classes, 1)
-
-    def encode(self, images):
-        return self.backbone(images).relu()
-
-
 def run(folder, data, **flags):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ial, "DeepLabV3Plus", Small)
+        patch.setattr(deeplab, "dilated_resnet", light_resnet)
         where = dict(data_path=str(data), output_dir=str(folder))
         return ial.train(ial.Config(**where, **TINY | flags))
 
@@ -403,16 +389,6 @@ def test_the_loss_of_tags_is_taken_in_float32(data, tmp_path, monkeypatch):
     monkeypatch.setattr(F, "multilabel_soft_margin_loss", noted)
     assert math.isfinite(run(tmp_path, data, amp="bf16", cam_scales=(0.5, 1.0)).miou)
     assert seen == [(torch.float32, False)] * 2
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [{"bg": 0.9}, {"net_steps": (1.0, 1.0)}, {"net_steps": (0.1, 1.0, 1.0)}, {"stride": 5}],
-)
-def test_flags_that_do_not_go_together_are_named(flags, data, tmp_path):
-    with pytest.raises(InputError, match=f"^--{next(iter(flags)).replace('_', '-')} "):
-        run(tmp_path / "run", data, **flags)
-    assert not (tmp_path / "run").exists()
 
 
 # --- maps ---

@@ -132,10 +132,12 @@ def test_a_short_run_moves_all_weights_and_leaves_its_files(
 ):
     if flags:
         request.getfixturevalue("light")  # the first of a script's runs has a real ResNet
-    begin, networks, before = Run.start, [], []
+    begin, networks, before, rates = Run.start, [], [], []
 
     def note(run, data, model, **state):
         networks.extend([*model, *(part for part in state.values() if isinstance(part, nn.Module))])
+        optimizers = (part for part in state.values() if isinstance(part, torch.optim.Optimizer))
+        rates.extend(group for optimizer in optimizers for group in optimizer.param_groups)
         before.extend({k: v.clone() for k, v in net.state_dict().items()} for net in networks)
         begin(run, data, model, **state)
 
@@ -147,6 +149,7 @@ def test_a_short_run_moves_all_weights_and_leaves_its_files(
         assert not result.history and files == ARTEFACTS - {"best.pt", "iou.txt"}
         return
     assert files == ARTEFACTS and math.isfinite(result.miou)
+    assert all(group["lr"] == 0 for group in rates) and bool(rates) == (name != "ial")
     for network, old in zip(networks, before, strict=True):
         new = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
         assert [k for k, v in new.items() if torch.equal(v, old[k])] == []
@@ -351,6 +354,8 @@ def test_a_loss_is_imported_without_pictures_or_flags(tmp_path):
     code = "import sys, torch; bare = set(sys.modules); import common.losses; "
     new = interpreter(code + "print(*sorted(set(sys.modules) - bare))", tmp_path).split()
     assert new == ["common", "common.losses"]
+    # Those that torch itself may have loaded, too.
+    assert not {"argparse", "PIL", "torchvision"} & set(imported(ROOT / "common" / "losses.py"))
 
 
 # --- the shape of a script ---

@@ -10,6 +10,7 @@ from torch import nn
 
 import cps
 from common.augment import mix
+from common.flags import InputError
 from common.losses import ohem_cross_entropy
 
 B, K, H, W = 2, 4, 3, 5
@@ -196,6 +197,14 @@ def test_each_alternative_has_its_weight():
         for cutmix, expected in ((False, plain), (True, mixed)):
             cfg = cps.Config(supervision=kind, cutmix=cutmix, **given)
             assert cps.chosen_lambda(cfg, num_classes=7) == expected
+
+
+def test_alternatives_without_a_cutmix_form_are_refused():
+    for kind in ("prob_l2", "prob_kl", "pseudoseg"):
+        with pytest.raises(InputError, match=f"--supervision {kind}: .* add --no-cutmix"):
+            cps.check_flags(cps.Config(supervision=kind))
+        cps.check_flags(cps.Config(supervision=kind, cutmix=False))
+        cps.check_flags(cps.Config(supervision=kind, supervised_only=True))
 
 
 def test_ema_follows_its_law_and_leaves_buffers_alone():

@@ -63,15 +63,8 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(mining="rule80", rule="abs", stride=4, amp="bf16"),
     ],
 }
-REFUSED = {  # flags that a script cannot take; the first one is at fault, and what else is said
-    "": [
-        "--itres=5",
-        "--iter=5",
-        "--iters",
-        "--crop-size=50",
-        "--dataset=imagenet",
-        "--device=tpu9",
-    ],
+REFUSED = {  # flags that a script cannot take, the first of which is at fault
+    "": ["--itres=5", "--iters", "--crop-size=50", "--dataset=imagenet", "--device=tpu9"],
     "semi": ["--labeled=1/999", "--unlabeled=nowhere", "--data-path=nowhere --dataset=folder"],
     "cps": ["--supervision=prob_l2", "--supervision=pseudoseg", "--scales 1 0", "--ramp=1.5"],
     "psmt": ["--scales 2 0.5", "--scales 1", "--warmup=1", "--threshold=1.5", "--eps=-1"],

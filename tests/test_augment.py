@@ -158,14 +158,3 @@ def test_mix_takes_the_picture_before_inside_the_mask():
         source = (b - 1) % 3 if masks[b, 0, i, j] else b
         assert torch.equal(mixed_images[b, :, i, j], images[source, :, i, j])
         assert mixed_labels[b, i, j] == labels[source, i, j]
-
-
-def test_empty_and_full_masks_mix_nothing_and_everything():
-    images, empty = torch.randn(3, 3, 4, 4), torch.zeros(3, 1, 4, 4, dtype=torch.bool)
-    assert torch.equal(mix(images, empty), images)
-    assert torch.equal(mix(images, ~empty), images.roll(1, 0))
-
-
-def test_mixing_logits_is_mixing_label_maps():
-    logits, masks = torch.randn(4, CODES, 8, 8), cutmix_masks(4, 8, 8)
-    assert torch.equal(mix(logits, masks).argmax(1), mix(logits.argmax(1), masks))

@@ -76,21 +76,9 @@ def test_no_gradient_reaches_the_network_that_teaches():
     torch.testing.assert_close(grad, (x1.softmax(1) - onehot) / len(PIXELS))
 
 
-def test_swapping_the_networks_changes_nothing():
-    x1, x2, y1, y2 = logits(), logits(), labels(), labels()
-    torch.testing.assert_close(cps.cps_loss(x1, x2), cps.cps_loss(x2, x1))
-    torch.testing.assert_close(cps.cps_loss(x1, x2, y1, y2), cps.cps_loss(x2, x1, y2, y1))
-
-
 def test_equal_networks_sharpen_themselves():
     x = logits()
     torch.testing.assert_close(cps.cps_loss(x, x), -2 * x.softmax(1).amax(1).log().mean())
-
-
-@pytest.mark.parametrize("classes, cost", [(21, 6.0890), (19, 5.8889)])
-def test_constant_logits_cost_2_ln_k(classes, cost):
-    x = torch.zeros(1, classes, 2, 2, dtype=torch.float64)
-    assert cps.cps_loss(x, x).item() == pytest.approx(cost, abs=1e-4)
 
 
 def test_one_mean_over_both_sets_is_half_the_sum_of_two():
@@ -147,13 +135,6 @@ def test_cross_probability_loss(kind):
     assert_same(ours, probability_by_pixel(x1, x2, kind, some), [x1, x2])
     assert cps.cross_probability_loss(x1, x1, kind).item() == pytest.approx(0, abs=1e-12)
     assert cps.cross_probability_loss(x1, x2, kind, ~EVERY).item() == 0
-
-
-def test_two_stopped_terms_pull_as_one_that_is_not():
-    x1, x2 = logits(), logits()
-    ours = torch.autograd.grad(cps.cross_probability_loss(x1, x2), x1)[0]
-    once = (x1.softmax(1) - x2.softmax(1)).square().sum(1).mean()
-    torch.testing.assert_close(ours, torch.autograd.grad(once, x1)[0])
 
 
 def test_cross_probability_loss_refuses_an_unknown_kind():

@@ -18,17 +18,18 @@ Where to find it
     80 % rule                majority_labels
     L_m = -Σ L_ij log f^m    RegionNet, region_loss; mine, for Y_t
     α^p = G α^u              GuidanceNet, propagate
-    J = α^T L α, EM          energy, and the lines above it
+    J = α^T L α, EM          energy, and the lines at the top of its section
     L_α = -Y^T log α^p       affinity_loss
     L_s = ||G - G_s||^2      smoothness_loss
 
-Stage               reads, of each picture                 writes: labels at pixels, °maps at cells
+Stage               reads, beside the pictures             writes: labels at pixels, °maps at cells
     find_superpixels                                       superpixels
     find_seeds      tags, superpixels                      cam°, seeds
-    train_unary     seeds, later labels of round t - 1     unary°, majority
-    mine_regions    superpixels, majority                  mined
+    train_unary     tags, superpixels, seeds or labels     unary°, majority
+    mine_regions    tags, superpixels, majority            mined
     train_pairwise  superpixels, mined, unary°             (the network g_t)
-    refine          unary°                                 refined°, labels
+    refine          tags, unary°, mined (for --clamp)      refined°, labels
+All of round t, but for labels, which are those of round t - 1.
 
 Choices that change results, all [ours]: gates are a softmax, and G is the mean of four scans where
 SPN takes their maximum, so that G is a matrix whose rows sum to 1; G_s = P G; mining relabels;
@@ -54,7 +55,7 @@ from common.augment import normalise, random_flip, train_view
 from common.deeplab import DeepLabV3Plus, dilated_resnet
 from common.flags import Batch, Count, InputError, Positive, RunConfig, Share, Side, check_config
 from common.losses import VOID, cross_entropy
-from common.maps import Maps, at_cells, at_pixels, pad
+from common.maps import Maps, at_pixels, pad
 from common.optim import sgd_poly
 from common.run import Result, Run, main
 from common.slic import slic
@@ -63,17 +64,19 @@ from common.tags import load_tagged
 
 @dataclass
 class Config(RunConfig):
-    """IAL's settings for the embedded dataset, ours unless marked; RECIPES has the others."""
+    """IAL's settings for the embedded dataset; RECIPES has the others."""
 
+    # Δ P: [ours] every value below that names no source.
     iters: Count = 240  # steps of a unary network; the other networks' are shares of them
     eval_every: Count = 120  # steps of a unary network between two looks at its mIoU
     crop_size: Side = 64  # side of a training crop in pixels, a multiple of 8
     batch_size: Batch = 16  # pictures per process
+    lr: Positive = 0.06  # of the unary networks, falling to 0 in each round
     background: str = ""  # names of the classes, with commas between, that become class 0
-    method: Literal["ial", "direct", "unary", "cam"] = "ial"  # the others are baselines
+    method: Literal["ial", "direct", "unary", "cam"] = "ial"  # baselines: f_t relabels; f_1; seeds
     rounds: int = 2  # T: 5 in the paper
     net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # the other three networks
-    net_lr: float = 0.2  # their learning rate
+    net_lr: Positive = 0.2  # their learning rate
     net_steps: tuple[float, ...] = (1.2, 0.5, 1.8)  # classifier, region, pairwise: shares of iters
     clip: Positive = 5.0  # largest norm of a gradient: f begins at 10, g with --rule abs at 80
     tag_scales: tuple[float, ...] = (1.0,)  # of the classifier's crops
@@ -85,7 +88,7 @@ class Config(RunConfig):
     compactness: float = 20.0  # of superpixels: weight of place against colour
     share: Share = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
     mining: Literal["relabel", "agree", "rule80"] = "relabel"  # ours; the review's; without f^m
-    tau: Share = 0.7  # τ: confidence from which on a region is mined; read off the paper's Fig. 4
+    tau: Share = 0.7  # τ: confidence of a mined region; ours, where the colours of Fig. 4 part
     stride: Count = 2  # side of a cell in pixels: maps are propagated from cell to cell
     rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)
     passes: Count = 2  # how often G is applied (cited: SPN)
@@ -94,15 +97,16 @@ class Config(RunConfig):
     clamp: bool = False  # propagate mined labels where there are any: ours, not the paper's
 
 
-# Δ P: [ours] lengths and rates; crops of about the usual 321 pixels. The classifier's are PSA's
-# [cited], 448 of long sides of 256 to 512: at the unary's scales a crop would show 60 % of a VOC
-# picture on average, and yet carry all its tags.
+# Δ P: [ours] lengths and rates, one rate for all layers; crops of 320 pixels. The classifier's
+# scales keep PSA's proportions [cited], 448 pixels of long sides 256 to 512, on VOC's 500: at the
+# unary's scales a crop would show 60 % of a picture, and yet carry all its tags.
 REAL = dict(backbone="resnet50", weights="IMAGENET1K_V1", width=256, crop_size=320, workers=4)
 REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5, batch_size=8)
 REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
 REAL |= dict(tag_scales=(0.4, 0.5, 0.6, 0.7), cam_scales=(0.5, 1.0, 1.5, 2.0))
 REAL |= dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5), segment_size=13, compactness=10.0)
 RECIPES = {name: REAL | dict(dataset=name) for name in ("folder", "voc", "cityscapes")}
+RECIPES["cityscapes"] |= dict(tag_scales=(0.1, 0.15), cam_scales=(0.125, 0.25, 0.375, 0.5))
 RECIPES["shapes"] = {}
 
 
@@ -112,8 +116,10 @@ resize = partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 def trunk(net: str, weights: str, depth: int, small: list) -> tuple[nn.Sequential, list[int]]:
-    """Stages and their widths: a ResNet's first `depth`, of strides 2, 4, 8, 16, 16, or for net
-    "small" 3x3 convolutions, each a (width, stride, dilation).
+    """An encoder's stages and their widths.
+
+    A ResNet gives its first `depth` stages, at strides 2, 4, 8, 16, 16; "small" gives 3x3
+    convolutions, each a (width, stride, dilation) of the list.
     """
     if net == "small":
         widths = [width for width, _, _ in small]
@@ -132,7 +138,8 @@ class TagNet(nn.Sequential):
     """The tag classifier: images (B, 3, H, W) -> scores (B, K, h, w), whose mean is a picture's."""
 
     def __init__(self, num_tags: int, net: str, weights: str):
-        # Δ P: [cited: IRN] a ResNet of stride 16; [ours] the small network.
+        # Δ P: [cited: IRN] a ResNet of stride 16; [ours] the dilations of its last stage, which
+        # are the unary's; the small network.
         stages, widths = trunk(net, weights, 5, [(16, 2, 1), (32, 2, 1), (64, 1, 1)])
         super().__init__(*stages, nn.Conv2d(widths[-1], num_tags, 1, bias=False))
 
@@ -158,7 +165,7 @@ def seeds(cams: Tensor, tags: Tensor, fg: float, bg: float) -> Tensor:
     cams (B, K, H, W) in [0, 1], tags (B, K) bool -> (B, H, W) int64, 0 the background, 255 unknown.
     Only a picture's own tags count; without any it is all background.
     """
-    # Δ P: [cited: IRN] two thresholds; the paper shows seeds, not their rule.
+    # Δ P: [cited: IRN] two thresholds, [ours] without its CRF; the paper shows seeds, no rule.
     score, best = cams.masked_fill(~tags[:, :, None, None], -torch.inf).max(dim=1)  # (B, H, W)
     return torch.where(score > fg, best + 1, torch.where(score < bg, 0, VOID))
 
@@ -205,10 +212,10 @@ def majority_labels(
 
     unary_labels, segments (B, H, W) -> (B, S) int64; 255 where no class has that share.
     """
-    kinds = num_classes + 1  # one more, for pixels of 255: they agree with none, but count
-    votes = segments.flatten(1) * kinds + unary_labels.flatten(1).long().clamp(max=num_classes)
-    counts = votes.new_zeros(len(votes), count * kinds)
-    counts = counts.scatter_add_(1, votes, torch.ones_like(votes)).view(-1, count, kinds)
+    columns = num_classes + 1  # one more, for pixels of 255: they agree with none, but count
+    votes = segments.flatten(1) * columns + unary_labels.flatten(1).long().clamp(max=num_classes)
+    counts = votes.new_zeros(len(votes), count * columns)
+    counts = counts.scatter_add_(1, votes, torch.ones_like(votes)).view(-1, count, columns)
     most, label = counts[..., :num_classes].max(dim=2)
     # 80 of 100 pixels are enough, however 0.8 is rounded.
     agreed = (most > 0) & (most >= (share - 1e-6) * counts.sum(dim=2))
@@ -223,9 +230,11 @@ class RegionNet(nn.Module):
 
     def __init__(self, num_classes: int, net: str, weights: str):
         super().__init__()
-        # Δ P: [ours] a narrow field of view, 7 pixels of `small`, 35 of ResNet-50's first stages,
-        # for what regions of a class share; a wide one would repeat what the unary network saw.
+        # Δ P: [ours] a narrow field of view: 7 pixels of `small`, for superpixels of 6; 35 of
+        # ResNet-50's first two stages, for 13, the least that pretrained ones offer. A wide one
+        # repeats what the unary network saw; this one finds what regions of a class share.
         self.stages, widths = trunk(net, weights, 2, [(24, 2, 1), (48, 1, 1)])
+        # Δ P: [ours] two layers of 128, C, for Fast R-CNN's fc6, fc7.
         self.head = nn.Sequential(
             nn.Linear(widths[-1], 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)
         )
@@ -288,13 +297,29 @@ def mine(
 
 # --- affinity: α^p = G α^u ---
 
+# Energy and EM [paper]. The N pixels of a map are a graph of weights W >= 0, D = diag(W 1); its
+# Laplacian is D - W, and G = I - D + W, a matrix N x N whose rows sum to 1.
+# J(α) = α^T (D - W) α = 1/2 sum of w_ij (α_i - α_j)^2 for symmetric W; the sought α minimises it.
+#   E-step       dJ/dα = 2 (D - W) α; a step of length 1/2 gives α^p = α^u - (D - W) α^u = G α^u.
+#   M-step of g  -log p >= 1 - p, and rows of Y sum to 1, so that -Y^T log α^p >= N - Y^T G α^u. For
+#                Y = α^u that is N - |α^u|^2 + J(α^u) if G is symmetric: the loss bounds J, but for
+#                what g cannot change, from above.
+#   M-step of f  f learns α^p.
+# With Y = α^u, G = I would be a minimiser: nothing to learn. Hence the mined Y, of which it is
+# expected, not proved, that Y^T (D - W) α <= α^T (D - W) α. J falls in each E-step if G is
+# symmetric with a spectrum in (-1, 1]. A G of scans is not, and SGD on f and g promises nothing:
+# the logged energies show what happened.
+# Δ P: [ours] the length 1/2 and the bound's derivation; as reviewed, the paper drops the one and
+# argues for the other that the logarithm is monotone.
+
 
 def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
-    """G^passes applied to a map. G is the mean of SPN's four scans [cited]; that to the right is
+    """G^passes applied to a map; the scans are SPN's [cited], G is their mean. To the right:
 
         h[r, c] = own[r, c] x[r, c] + sum over k = -1, 0, 1 of gate_k[r, c] h[r + k, c - 1]
 
-    values (B, C, H, W), gates (B, 4, 4, H, W), logits -> (B, C, H, W), float32 at least.
+    values (B, C, H, W), gates (B, 4 scans, 4 sources, H, W), logits, see `gate_weights` ->
+    (B, C, H, W), float32 at least.
     """
     values, gates = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (values, gates))
     batch, _, height, width = values.shape
@@ -302,11 +327,12 @@ def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softm
     square = (0, side - width, 0, side - height)  # what to add: zeros, which feed nothing
     weights = F.pad(gate_weights(gates, rule), square).unbind(1)
     # Δ P: [ours] one G for all classes: a map that sums to 1 over classes still does.
-    neighbours, own = to_lines(*weights).split((3, 1), dim=1)  # (L, 3, J), (L, 1, J)
+    neighbours, own = to_lines(*weights).split((3, 1), dim=1)  # (M, 3, J), (M, 1, J)
+    # Δ P: [cited: SPN] more than one pass with the same gates; [ours] each is read as an E-step.
     for _ in range(passes):
         whole = F.pad(values, square)
-        lines = Scan.apply(own * to_lines(whole, whole, whole, whole), neighbours)  # (L, C, J)
-        right, left, down, up = lines.unflatten(2, (4, batch, side)).unbind(2)  # (L, C, B, L)
+        lines = Scan.apply(own * to_lines(whole, whole, whole, whole), neighbours)  # (M, C, J)
+        right, left, down, up = lines.unflatten(2, (4, batch, side)).unbind(2)  # (M, C, B, M)
         columns, rows = right + left.flip(0), down + up.flip(0)
         # Δ P: [ours] their mean; SPN's maximum is not linear, there would be no G.
         values = (columns.permute(2, 1, 3, 0) + rows.permute(2, 1, 0, 3)) / 4
@@ -339,26 +365,27 @@ def gate_weights(gates: Tensor, rule: str = "softmax") -> Tensor:
 
 
 def to_lines(right: Tensor, left: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Four maps (B, C, L, L), one for each scan -> lines (L, C, J) in the order of scanning.
+    """Four maps (B, C, M, M), one for each scan -> M lines (M, C, J) in the order of scanning.
 
     All scans run in one loop. A line is a column for `right` and `left`, a row for `down` and `up`;
-    those of all scans and pictures lie end to end, J = 4 B L.
+    those of all scans and pictures lie end to end, J = 4 B M.
     """
-    columns, rows = (3, 1, 0, 2), (2, 1, 0, 3)  # -> (L, C, B, L)
+    columns, rows = (3, 1, 0, 2), (2, 1, 0, 3)  # -> (M, C, B, M)
     right, left = right.permute(columns), left.permute(columns).flip(0)
     down, up = down.permute(rows), up.permute(rows).flip(0)
     return torch.stack([right, left, down, up], dim=2).flatten(2)
 
 
 def scan(x: Tensor, gates: Tensor, step: int = 1) -> Tensor:
-    """h_t = x_t + before_t S h_(t-1) + same_t h_(t-1) + after_t S' h_(t-1), line by line.
+    """h_t = x_t + before_t R h_(t-1) + same_t h_(t-1) + after_t R' h_(t-1), line by line.
 
-    x (L, C, J), gates (L, 3, J), 0 at pictures' borders -> h (L, C, J + 2), a place more at each
-    end. S shifts a line by a place to the right, S' to the left. Step -1: from the last line to the
-    first, S and S' exchanged.
+    x (M, C, J), weighted already, gates (M, 3, J), 0 at pictures' borders -> h (M, C, J + 2), a
+    place more at each end. R shifts a line by a place to the right, R' to the left. Step -1: from
+    the last line to the first, R and R' exchanged.
     """
     h = F.pad(x, (1, 1))
-    sources = [h[..., k : k + x.shape[2]].unbind() for k in range(3)]  # S h, h, S' h
+    # Views of h, by line: what is added to here[t], in place, becomes h_t.
+    sources = [h[..., k : k + x.shape[2]].unbind() for k in range(3)]  # R h, h, R' h
     first, here, last = sources[::step]
     before, same, after = (gate.unbind() for gate in gates[:, :, None].unbind(1))
     for t in range(len(h))[::step][1:]:
@@ -379,25 +406,17 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         # The adjoint is a scan from the other end, with the gates of the line that it leaves:
-        # d_t = grad_t + S' (before d)_(t+1) + (same d)_(t+1) + S (after d)_(t+1), d = dL/dh = dL/dx
+        # d_t = grad_t + R' (before d)_(t+1) + (same d)_(t+1) + R (after d)_(t+1), where d is the
+        # derivative by h, and by x.
         h, gates = ctx.saved_tensors
         before, same, after = gates.roll(-1, 0).unbind(1)  # of line t + 1
         back = torch.stack([before.roll(-1, 1), same, after.roll(1, 1)], dim=1)
         d = scan(grad, back, step=-1)[..., 1:-1]
-        sources = [h[:-1, :, k : k + d.shape[2]] for k in range(3)]  # S h, h, S' h
+        sources = [h[:-1, :, k : k + d.shape[2]] for k in range(3)]  # R h, h, R' h
         slopes = torch.stack([(d[1:] * source).sum(dim=1) for source in sources], dim=1)
         return d, F.pad(slopes, (0, 0, 0, 0, 1, 0))  # the first line has no gates
 
 
-# Energy and EM [paper]. Pixels are a graph of weights W >= 0; D = diag(W 1), L = D - W, G = I - L.
-# J(α) = α^T L α = 1/2 sum of w_ij (α_i - α_j)^2 for symmetric W, and the sought α minimises it.
-#   E-step       dJ/dα = 2 L α; a step of length 1/2 gives α^p = α^u - L α^u = G α^u.
-#   M-step of g  -log p >= 1 - p, and rows of Y sum to 1, so that -Y^T log α^p >= N - Y^T G α^u. For
-#                Y = α^u that is a constant plus α^T L α: if G is symmetric, the loss bounds J.
-#   M-step of f  f learns α^p.
-# With Y = α^u, g would learn G = I. Hence the mined Y, of which Y^T L α <= α^T L α is expected, not
-# proved. J falls in each E-step if G is symmetric with a spectrum in (-1, 1]. A G of scans is not,
-# and SGD on f and g promises nothing: the logged energies show what happened.
 def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
     """J(α) = 1/2 sum over i, j of G_ij (α_i - α_j)^2, summed over classes, without an N x N matrix:
 
@@ -405,7 +424,7 @@ def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax"
 
     values α (B, C, H, W), gates (B, 4, 4, H, W) -> (B,).
     """
-    # Δ P: [ours] this is α^T L α of W = (G + G^T) / 2, never negative under `softmax`; of a G
+    # Δ P: [ours] the J of W = (G + G^T) / 2, never negative under `softmax`; of a G
     # that is not symmetric, α^T (I - G) α can be.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     squares = values.square()
@@ -425,7 +444,7 @@ class GuidanceNet(nn.Module):
         self.skips = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
         self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.gates = nn.Conv2d(width, 16, 3, padding=1)
-        nn.init.zeros_(self.gates.bias)
+        nn.init.zeros_(self.gates.bias)  # all sources begin about equal
 
     def forward(self, images: Tensor) -> Tensor:
         size = images[0, 0, :: self.stride, :: self.stride].shape
@@ -440,10 +459,11 @@ class GuidanceNet(nn.Module):
 
 
 def affinity_loss(refined: Tensor, labels: Tensor) -> Tensor:
-    """L_α = -Y^T log α^p [paper], a mean over the pixels whose label is known; 0 without any.
+    """L_α = -Y^T log α^p [paper], over the pixels whose label is known; 0 without any.
 
     refined α^p (B, C, H, W), probabilities; labels Y (B, H, W), 255 unknown -> ().
     """
+    # Δ P: [ours] a mean, not a sum.
     known = labels != VOID
     chosen = refined.gather(1, torch.where(known, labels, 0)[:, None])[:, 0]  # (B, H, W)
     # Δ P: [ours] below 1e-6 counts as 1e-6, above 1, which `abs` can give, as 1; no gradient there.
@@ -460,15 +480,17 @@ def smoothness_loss(
     generator: torch.Generator | None = None,
     rule: str = "softmax",
 ) -> Tensor:
-    """L_s = ||G - G_s||^2 / N [paper], Frobenius norm, G with all passes; a mean over the batch.
+    """L_s = ||G - G_s||^2 [paper], Frobenius norm, G with all passes; a mean over the batch.
 
     gates (B, 4, 4, H, W), segments (B, H, W) at the gates' resolution -> (). Hutchinson's estimate,
     ||(I - P) G z||^2 / N over `probes` maps z of random signs: the mean of z z^T is I.
     """
+    # Δ P: [ours] divided by N, and estimated.
     # Δ P: [ours] G_s, "of each superpixel region", is P G. Then L_s is 0 if and only if G makes any
     # map constant on every superpixel: smooth inside, edges at borders.
     shape = len(gates), probes, *gates.shape[-2:]
     device = "cpu" if generator is None else generator.device
+    # On the CPU the same signs for every device.
     coins = torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8)
     signs = (2 * coins - 1).to(gates)  # z, a constant: the gradient reaches the gates alone
     moved = propagate(signs, gates, passes, rule)  # G z
@@ -480,6 +502,7 @@ def smoothness_loss(
 
 def tag_view(image: Tensor, tags: Tensor, crop: int, scales: tuple) -> tuple[Tensor, Tensor]:
     """A random crop of a picture (3, H, W) uint8, and its tags, all of them."""
+    # Δ P: [ours] without the colour jitter of PSA. train_view cuts a label, of which there is none.
     return train_view(image, torch.zeros_like(image[0]), crop, scales)[0], tags
 
 
@@ -489,6 +512,7 @@ def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Ten
     Labels (H, W) are at its pixels, probabilities (C, h, w) at its cells; what is smaller than the
     crop is continued. Returns the picture normalised.
     """
+    # Δ P: [ours] crop and flip, no scales.
     places = [max(side - crop, 0) // stride + 1 for side in image.shape[1:]]
     starts, cuts = [stride * int(torch.randint(count, ())) for count in places], []
     for values in (image, *maps):
@@ -501,6 +525,11 @@ def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Ten
     return random_flip(normalise(cuts[0].float() / 255), *cuts[1:])
 
 
+def at_cells(labels: Tensor, stride: int) -> Tensor:
+    """Labels (B, H, W) -> (B, h, w), those at one pixel of each cell: labels have no mean."""
+    return labels[..., stride // 2 :: stride, stride // 2 :: stride]
+
+
 def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
     """--clamp: α^u (B, C, h, w), but where regions were mined, their labels (B, H, W)."""
     known = mined != VOID
@@ -511,12 +540,17 @@ def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
 
 # --- stages: each leaves maps for the next ---
 
+# maps.loader: for each step view(picture, its maps of these kinds), of random pictures. maps.each:
+# index, picture (1, 3, H', W') padded to whole cells, tags (1, K), its maps at their own size.
+# maps.count: S, above all ids of superpixels. maps.quality, best_threshold: scores by the masks,
+# for the log alone. What maps hold of classes that the tags exclude is 0.
+
 
 def descend(loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR, clip: float) -> None:
     """One step down the loss."""
     optimizer.zero_grad()
     loss.backward()
-    # Δ P: [ours] clipped.
+    # Δ P: [ours] clipped; one rate for all layers.
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()
     schedule.step()
@@ -547,11 +581,13 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
         loss = F.multilabel_soft_margin_loss(scores.float().mean(dim=(2, 3)), tags.float())
         descend(loss, optimizer, schedule, cfg.clip)
         run.log(step, loss_tags=loss)
-    run.average_buffers(net.eval())
+    net.eval()
+    run.average_buffers(net)
 
     for index, images, tags, segments in maps.each(run, "superpixels"):
         cams = activation_maps(net, images, tags, cfg.cam_scales)  # (1, K, H, W)
-        maps.write("cam", index, F.pad(F.avg_pool2d(cams, cfg.stride)[0], (0, 0, 0, 0, 1, 0)))
+        cells = F.avg_pool2d(cams, cfg.stride)[0]  # (K, h, w)
+        maps.write("cam", index, F.pad(cells, (0, 0, 0, 0, 1, 0)))  # 0 for the background
         height, width = segments.shape[1:]
         # Δ P: [cited: MCOF] averaged over superpixels before the thresholds.
         cams = project(cams[..., :height, :width], segments, maps.count)
@@ -576,17 +612,19 @@ def train_unary(
         if (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop:
             run.average_buffers(unary)
             run.note(step, f"unary{t}", val=run.score(unary).nanmean().item())
-    run.average_buffers(unary.eval())
+    unary.eval()
+    run.average_buffers(unary)
 
     for index, images, tags, segments in maps.each(run, "superpixels"):
         with torch.no_grad(), run.autocast():
             probs = mask_tags(unary(images).softmax(dim=1), tags)  # α^u
+        # Δ P: [ours] G acts on cells of stride x stride pixels, on their mean probabilities.
         maps.write(f"unary{t}", index, F.avg_pool2d(probs, cfg.stride)[0])
         height, width = segments.shape[1:]
         labels = probs.argmax(dim=1)[:, :height, :width]
         majority = majority_labels(labels, segments, maps.count, maps.num_classes, cfg.share)
         maps.write(f"majority{t}", index, paint(majority, segments)[0])
-        if cfg.method == "direct":
+        if cfg.method == "direct":  # a baseline: f_{t+1} learns what f_t says
             maps.write(f"labels{t}", index, labels[0])
     unary.train()
     return maps.quality(run, "majority", f"majority{t}") | maps.quality(run, "unary", f"unary{t}")
@@ -594,7 +632,7 @@ def train_unary(
 
 def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dict[str, float]:
     """f^m learns the superpixels that 80 % agree on, then judges all of them: Y_t."""
-    steps = steps[:0] if cfg.mining == "rule80" else steps  # there nothing is learnt
+    steps = steps[:0] if cfg.mining == "rule80" else steps  # where nothing is learnt
     net = RegionNet(maps.num_classes, cfg.net, cfg.weights)  # Δ P: [ours] anew in each round
     trained = run.wrap(net)
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
@@ -609,14 +647,15 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         loss = region_loss(logits, majority)  # L_m
         descend(loss, optimizer, schedule, cfg.clip)
         run.log(step, loss_region=loss)
-    run.average_buffers(net.eval())
+    net.eval()
+    run.average_buffers(net)
 
     for index, images, tags, segments, painted in maps.each(run, "superpixels", f"majority{t}"):
         majority = of_segments(painted, segments, maps.count)  # (1, S)
         cells = at_cells(pad(segments, cfg.stride), cfg.stride)
         with torch.no_grad():
             probs = net(images, cells, maps.count).softmax(dim=2)  # (1, S, C)
-        _, sizes = segment_mean(cells[:, None], cells, maps.count)
+        sizes = torch.stack([ids.flatten().bincount(minlength=maps.count) for ids in cells])
         probs = probs.masked_fill(sizes[..., None] == 0, torch.nan)  # no cell, no features
         labels = mine(probs, majority, tags, cfg.tau, cfg.mining)
         maps.write(f"mined{t}", index, paint(labels, segments)[0])
@@ -631,17 +670,18 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
     view = partial(crop_view, cfg.crop_size, cfg.stride)
     batches = iter(maps.loader(run, steps, view, "superpixels", f"mined{t}", f"unary{t}"))
     for step in run.loop(steps):
-        images, segments, mined, probs = run.to_device(next(batches))
+        images, segments, mined, probs = run.to_device(next(batches))  # α^u: a constant
         with run.autocast():
             gates = trained(images).float()  # (B, 4, 4, h, w)
-        refined = propagate(probs, gates, cfg.passes, cfg.rule)  # α^p = G α^u, at the cells
-        # Δ P: [ours] L_α at the pixels that were mined; α^p is enlarged, not its logarithm.
+        refined = propagate(probs, gates, cfg.passes, cfg.rule)  # α^p = G α^u
+        # Δ P: [ours] at the pixels that were mined, of α^p enlarged, bilinearly.
         loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)
         cells = at_cells(segments, cfg.stride)
         smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule)
         descend(loss_affinity + cfg.lam * smooth, optimizer, schedule, cfg.clip)  # L_α + λ L_s
         run.log(step, loss_affinity=loss_affinity, loss_smooth=smooth)
-    run.average_buffers(net.eval())
+    net.eval()
+    run.average_buffers(net)
     return net
 
 
@@ -650,18 +690,20 @@ def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[
     """α^p = G_t α^u; its likeliest classes are what f_{t+1} learns [paper's Fig. 2]."""
     energies = torch.zeros(1, 2, device=run.device)  # of α^u and of α^p
     for index, images, tags, probs, mined in maps.each(run, f"unary{t}", f"mined{t}"):
-        # Δ P: [ours] --clamp. Two E-steps with --passes 2 [cited: SPN]: G^2 α^u.
+        # Δ P: [ours] --clamp.
         start = clamped(probs, pad(mined, cfg.stride), cfg.stride) if cfg.clamp else probs
         gates = net(images)
-        refined = propagate(start, gates, cfg.passes, cfg.rule).clamp(min=0.0)
-        refined = mask_tags(refined, tags)
-        # J of G itself: each pass is one step down.
+        refined = propagate(start, gates, cfg.passes, cfg.rule)  # α^p = G α^u
+        refined = mask_tags(refined.clamp(min=0.0), tags)  # `abs` can give less than 0
+        # J of a single pass's G, before and after; nothing forces it down.
         energies += torch.cat([energy(a, gates, rule=cfg.rule) for a in (probs, refined)])
         maps.write(f"refined{t}", index, refined[0])
-        maps.write(f"labels{t}", index, maps.labels(f"refined{t}", index))
+        enlarged = at_pixels(maps.read(f"refined{t}", index)[None], cfg.stride)  # as it is stored
+        height, width = mined.shape[1:]
+        maps.write(f"labels{t}", index, enlarged.argmax(dim=1)[0, :height, :width])
     before, after = (run.gather(energies).sum(dim=0) / len(maps.names)).tolist()
-    energies = dict(energy_unary=before, energy_refined=after)
-    return maps.quality(run, "refined", f"labels{t}") | energies
+    logged = dict(energy_unary=before, energy_refined=after)
+    return maps.quality(run, "refined", f"labels{t}") | logged
 
 
 # --- training ---
@@ -708,7 +750,7 @@ def train(cfg: Config) -> Result:
     for name, t, steps in stages:
         if steps.stop <= run.first:  # done before the run was resumed; others start again
             continue
-        run.seed(steps.start)  # of the networks that the stage makes
+        run.seed(steps.start)  # initial weights of the stage's networks
         if name == "seeds":
             find_superpixels(run, cfg, maps)
             figures = find_seeds(run, cfg, maps, steps)  # Y_0
@@ -722,11 +764,16 @@ def train(cfg: Config) -> Result:
             figures = refine(run, cfg, maps, pairwise, t)  # E-step: α^p = G α^u
         done = steps.stop - 1
         run.note(done, f"{name}{t or ''}", **figures)
-        run.record(done, run.score(unary)) if name == "unary" else run.save(done)
+        if name == "unary":
+            run.record(done, run.score(unary))
+        else:
+            run.save(done)
 
-    last = stages[-1][1]  # of the rounds, or one more
-    kinds = "seeds", f"mined{last - 1}", f"labels{last - 1}", f"unary{last}"
-    return run.finish(partial(maps.panels, kinds=kinds))
+    last = stages[-1][
+        1
+    ]  # of round T + 1, what round T refined; maps that were not made are left out
+    shown = "seeds", f"mined{last - 1}", f"labels{last - 1}", f"unary{last}"
+    return run.finish(partial(maps.panels, kinds=shown))
 
 
 if __name__ == "__main__":

@@ -178,11 +178,6 @@ def pad(maps: Tensor, stride: int) -> Tensor:
     return maps[..., rows, :][..., columns]
 
 
-def at_cells(labels: Tensor, stride: int) -> Tensor:
-    """Labels (B, H, W) -> (B, h, w), those at one pixel of each cell: labels have no mean."""
-    return labels[..., stride // 2 :: stride, stride // 2 :: stride]
-
-
 def at_pixels(cells: Tensor, stride: int) -> Tensor:
     """Maps (B, C, h, w) -> (B, C, stride h, stride w), bilinear."""
     return F.interpolate(cells, scale_factor=stride, mode="bilinear", align_corners=False)

@@ -12,7 +12,7 @@ from torch import nn
 import ial
 from common.augment import MEAN, STD, normalise
 from common.losses import VOID
-from common.maps import at_cells, at_pixels, pad
+from common.maps import at_pixels, pad
 from common.slic import UNITS, grid_shape, slic, to_lab
 
 H, W, N = 5, 6, 30
@@ -602,8 +602,10 @@ def test_pixels_and_cells():
     assert torch.equal(pad(maps[0], 3), maps[0][:, [0, 1, 2, 3, 3, 3]])
     assert torch.equal(pad(maps, 1), maps)
     labels = torch.arange(48).view(1, 6, 8)
-    assert at_cells(labels, 2).tolist() == [[[9, 11, 13, 15], [25, 27, 29, 31], [41, 43, 45, 47]]]
-    assert torch.equal(at_cells(labels, 1), labels)
+    assert ial.at_cells(labels, 2).tolist() == [
+        [[9, 11, 13, 15], [25, 27, 29, 31], [41, 43, 45, 47]]
+    ]
+    assert torch.equal(ial.at_cells(labels, 1), labels)
     assert at_pixels(torch.rand(1, 2, 3, 5), 4).shape == (1, 2, 12, 20)
     middle = at_pixels(torch.tensor([[[[0.0, 1.0]]]]), 2)[0, 0, 0]
     assert middle.tolist() == [0, 0.25, 0.75, 1]

@@ -23,7 +23,7 @@ from common import deeplab
 from common.augment import normalise
 from common.layouts import voc_colors
 from common.losses import VOID
-from common.maps import Maps, at_cells, pad
+from common.maps import Maps, pad
 from common.run import InputError, Run
 from common.tags import load_tagged
 
@@ -296,7 +296,7 @@ def test_superpixels_without_a_cell_are_mined_nowhere(data, tmp_path):
     maps, unseen = maps_of(tmp_path, data, stride=8), 0
     for index in range(5):
         mined, segments = maps.read("mined1", index), maps.read("superpixels", index)
-        cells = at_cells(pad(segments, 8), 8)
+        cells = ial.at_cells(pad(segments, 8), 8)
         seen = (segments[..., None] == cells.unique()).any(dim=-1)
         assert torch.equal(mined != VOID, seen)
         unseen += (~seen).sum()

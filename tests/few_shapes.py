@@ -1,7 +1,7 @@
 """The scripts at their smallest: on few pictures, here or as a program of one or two processes.
 
-few_shapes.py SCRIPT [FLAGS]    that script's command line
-few_shapes.py FOLDER            every script by TINY; what several processes must agree on
+`few_shapes.py SCRIPT [FLAGS]` is that script's command line; `few_shapes.py FOLDER` trains every
+script by TINY, and saves what several processes must agree on.
 """
 
 import os
@@ -25,7 +25,7 @@ from common.run import main
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"train": 12, "val": 5}
-SMALL = dict(batch_size=2, crop_size=32, width=8, iters=2, eval_every=2)
+SMALL = dict(batch_size=2, crop_size=32, width=8, iters=2, eval_every=2, device="cpu")
 SEMI = SMALL | dict(labeled="4")
 WARMED = SEMI | dict(iters=3, eval_every=3, warmup=1 / 3)
 TINY = {  # by script: the flags of a short run, which test_scripts varies

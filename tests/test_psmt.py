@@ -8,17 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from few_shapes import SEMI, light_resnet
 from torch import nn
 
 import psmt
-from common import augment, shapes
+from common import augment, deeplab, shapes
 from common.deeplab import DeepLabV3Plus, Ensemble
-from common.flags import parse_config
 from common.optim import poly_lr
 from common.run import Run
 
 B, K, H, W = 2, 4, 3, 5
-MEAN, STD = (torch.tensor(v)[:, None, None] for v in (augment.MEAN, augment.STD))
 
 
 def spy(patch, owner, name):
@@ -34,8 +33,8 @@ def spy(patch, owner, name):
     return calls
 
 
-def logits(*shape, scale=2.0):
-    return (scale * torch.randn(shape or (B, K, H, W), dtype=torch.float64)).requires_grad_()
+def logits(*shape):
+    return (2 * torch.randn(shape or (B, K, H, W), dtype=torch.float64)).requires_grad_()
 
 
 # --- Conf-CE ---
@@ -72,14 +71,6 @@ def test_a_confidence_equal_to_the_threshold_passes():
     student, teacher = logits(1, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.float64)
     assert psmt.conf_ce_loss(student, teacher, threshold=0.5) > 0
     assert psmt.conf_ce_loss(student, teacher, threshold=math.nextafter(0.5, 1)) == 0
-
-
-def test_conf_ce_is_weighted_cross_entropy_and_the_plain_one_where_teachers_are_sure():
-    student, teacher = logits(), logits()
-    conf, pseudo = teacher.softmax(1).max(1)
-    every = F.cross_entropy(student, pseudo, reduction="none")
-    torch.testing.assert_close(psmt.conf_ce_loss(student, teacher, 0.0), (conf * every).mean())
-    torch.testing.assert_close(psmt.conf_ce_loss(student, 1000 * teacher), every.mean())
 
 
 @pytest.mark.parametrize("threshold, sure, valid", [(0.6, 0.0, True), (0.0, 1.0, False)])
@@ -216,12 +207,12 @@ def test_a_flat_divergence_and_a_tiny_one_keep_the_norm():
 
 
 def test_half_precision_is_raised_and_autocast_is_off():
-    decoders, (z, start) = pair().float(), draw().bfloat16()
-    expected = psmt.t_vat(z.float(), *decoders, start=start.float())
+    decoders, (z, start) = pair(), draw().bfloat16()
+    expected = psmt.t_vat(z.double(), *decoders, start=start.double())
     with torch.autocast("cpu", torch.bfloat16):
-        ours = psmt.t_vat(z, *decoders, start=start)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, expected)
+        ours = psmt.t_vat(z, *decoders.float(), start=start)
+    assert ours.dtype == torch.float32 and expected.dtype == torch.float64
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_start_is_drawn_from_torchs_generator():
@@ -230,20 +221,6 @@ def test_the_start_is_drawn_from_torchs_generator():
     first, second = psmt.t_vat(z, *decoders), psmt.t_vat(z, *decoders)
     torch.manual_seed(1)
     assert torch.equal(psmt.t_vat(z, *decoders), first) and not torch.equal(first, second)
-
-
-def test_the_noise_reaches_low_level_channels_and_the_gradient_passes_it_unchanged():
-    """d loss / d z is that with respect to z + r: the noise is a constant."""
-    net, *teachers = (DeepLabV3Plus(5, "resnet18", width=8).eval() for _ in range(3))
-    images = torch.randn(2, 3, 32, 32)
-    z = net.encode(images).detach().requires_grad_()
-    r = psmt.t_vat(z, *map(psmt.decoder, teachers), size=(32, 32))
-    assert r.shape == (2, 8 + 48, 8, 8) and (norms(r[:, -48:]) > 0).all()
-    net.encode = lambda images: z
-    net(images, lambda encoded: r).square().sum().backward()
-    moved = (z.detach() + r).requires_grad_()
-    net.classify(net.decode(moved), (32, 32)).square().sum().backward()
-    torch.testing.assert_close(z.grad, moved.grad)
 
 
 # --- moving averages, ramp ---
@@ -278,9 +255,8 @@ def test_views_share_geometry_and_draw_scales_from_the_whole_range(monkeypatch):
     image, label = torch.randint(256, (3, 50, 70), dtype=torch.uint8), torch.randint(4, (50, 70))
     crops = spy(monkeypatch, augment, "random_crop")
     for _ in range(300):
-        weak, cut, valid, strong = psmt.views(image, label, 32, (0.5, 2.0), lambda x: 1 - x)
-        mirrored = augment.normalise(1 - weak * STD - MEAN)
-        torch.testing.assert_close(strong, mirrored, rtol=1e-4, atol=1e-4)
+        weak, cut, valid, strong = psmt.views(image, label, 32, (0.5, 2.0), nn.Identity())
+        assert torch.equal(weak, strong) and weak.shape == (3, 32, 32)
         assert (cut[~valid] == 255).all() and (cut[valid] < 4).all()
     scales = [call.args[3] for call in crops]
     assert 0.5 <= min(scales) < 0.55 and 1.9 < max(scales) <= 2
@@ -333,24 +309,23 @@ def test_zoom_shows_one_part_of_pictures_targets_and_valid_pixels():
 # --- short runs ---
 
 
-def tell(folder, steps=None, average=lambda networks: None, **flags):
+def tell(folder, steps=None, **flags):
     """The start of a run on few pictures that is not evaluated, and what happened in it.
 
     4 pictures are labelled, 7 are not: a pass over these has 3 steps.
     """
     told, loop = SimpleNamespace(rates=[], lams=[], after=[]), Run.loop
 
-    def average_gradients(self, networks):
+    def average_gradients(self, networks):  # right before the step
         told.rates.append(self.state["optimizer"].param_groups[0]["lr"])
-        average(networks)
 
     def log(self, step, **values):
-        state = self.state["networks"].state_dict().items()
-        told.after.append({name: v.clone() for name, v in state if v.numel() < 1000})
         told.lams.append(values["lam"])
+        told.after.append({k: v.clone() for k, v in self.state["networks"].state_dict().items()})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "COUNTS", {"train": 11, "val": 3})
+        patch.setattr(deeplab, "dilated_resnet", light_resnet)
         patch.setattr(Run, "loop", lambda self: islice(loop(self), steps))
         patch.setattr(Run, "average_gradients", average_gradients)
         patch.setattr(Run, "log", log)
@@ -360,8 +335,8 @@ def tell(folder, steps=None, average=lambda networks: None, **flags):
             setattr(told, name, spy(patch, psmt, name))
         starts, told.batches = spy(patch, Run, "start"), spy(patch, Run, "to_device")
         told.passes, told.answers = (spy(patch, n, "forward") for n in (DeepLabV3Plus, Ensemble))
-        tiny = dict(batch_size=2, crop_size=32, width=8, iters=1, labeled="4", warmup=0, ramp=0)
-        psmt.train(psmt.Config(output_dir=str(folder), **tiny | flags))
+        flags = SEMI | dict(iters=1, warmup=0, ramp=0) | flags
+        psmt.train(psmt.Config(output_dir=str(folder), **flags))
     told.networks = starts[0].kwargs["networks"]
     return told
 
@@ -399,15 +374,20 @@ def test_teachers_see_weak_views_the_student_strong_ones_and_statistics_those_pa
         student, seen = name == "student", [c.args[1] for c in story.passes if c.args[0] is network]
         assert len(seen) == (10 if student else 6 if story.own else 4)
         assert all((images == student).all() for images in seen)
-        counts = [n for key, n in network.state_dict().items() if "batches" in key]
-        assert len(counts) > 20 and set(map(int, counts)) == {len(seen)}
+        own = {key: value for key, value in story.after[5].items() if key.startswith(name)}
+        counts = {int(value) for key, value in own.items() if "batches" in key}
+        assert counts == {len(seen)}
 
 
-def test_labelled_and_unlabelled_features_get_noise_after_the_warm_up(story):
+def test_labelled_and_unlabelled_features_get_noise_from_both_teachers_after_the_warm_up(story):
     perturbed = [c for c in story.passes if len(c.args) > 2 and c.args[2] is not None]
     assert len(story.t_vat) == len(perturbed) == 8
     for call in story.t_vat:
-        assert call.kwargs == dict(eps=2.0, size=(32, 32)) and call.args[0].shape == (2, 56, 8, 8)
+        z, *decoders = call.args
+        assert call.kwargs == dict(eps=2.0, size=(32, 32)) and z.shape == (2, 8 + 48, 8, 8)
+        assert (norms(call.result[:, -48:]) > 0).all()  # low-level channels get some too
+        for name, decode in zip(("teacher1", "teacher2"), decoders, strict=True):
+            assert torch.equal(decode(z), psmt.decoder(story.networks[name])(z))
 
 
 def test_after_the_warm_up_averages_alone_move_a_teacher(story):
@@ -507,21 +487,11 @@ def test_in_the_warm_up_own_teachers_learn_as_the_student_does(tmp_path, monkeyp
         assert equal(own[name], copy[name]) and not equal(own[name], own["student"])
 
 
-def test_own_teachers_start_apart_and_their_gradients_are_averaged(tmp_path):
-    """Where averaging takes the gradients away, teachers stay as they were built."""
-    flags = dict(teachers="own", iters=2, warmup=0.5, ema_decay=1.0)
-    told = tell(tmp_path / "run", average=lambda networks: networks.zero_grad(), **flags)
-    torch.manual_seed(0)
-    built = [DeepLabV3Plus(7, "resnet18", None, 8) for _ in range(3)]
-    moved = [not equal(a, b) for a, b in zip(built, told.networks.values(), strict=True)]
-    assert moved == [True, False, False] and not equal(built[1], built[2])
-
-
-def test_the_result_is_the_mean_of_the_teachers_and_all_are_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "COUNTS", {"train": 11, "val": 3})
+def test_the_result_is_the_mean_of_the_teachers_and_all_are_scored(
+    few, light, tmp_path, monkeypatch
+):
     starts, scores = spy(monkeypatch, Run, "start"), spy(monkeypatch, Run, "score")
-    flags = dict(batch_size=2, crop_size=32, width=8, iters=1, labeled="4")
-    result = psmt.train(psmt.Config(output_dir=str(tmp_path / "run"), **flags))
+    result = psmt.train(psmt.Config(output_dir=str(tmp_path / "run"), **SEMI))
     networks = starts[0].kwargs["networks"]
     assert list(result.model.networks) == [networks["teacher1"], networks["teacher2"]]
     scored = {id(c.args[1]): c.result.nanmean().item() for c in scores}
@@ -548,13 +518,11 @@ RELEASED = [
 @pytest.mark.parametrize("name, gpus, epoch, warmup, steps", RELEASED)
 def test_recipes_are_the_released_ones(name, gpus, epoch, warmup, steps, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(gpus))
-    recipes, (dataset, labeled) = runpy.run_path(psmt.__file__)["RECIPES"], name.split()
-    recipe = parse_config(psmt.Config, recipes, ["--dataset", dataset, "--labeled", labeled])
-    assert recipe == psmt.Config(**recipes[name]) and recipe.labeled == labeled
+    recipe = psmt.Config(**runpy.run_path(psmt.__file__)["RECIPES"][name])
+    assert f"{recipe.dataset} {recipe.labeled}" == name
     assert round(recipe.warmup * recipe.iters) == warmup and recipe.iters - warmup == steps
     assert recipe.ramp * recipe.iters == pytest.approx(12 * epoch)
-    shared = (0.6, 0.996, "own")
-    assert (recipe.threshold, recipe.ema_decay, recipe.teachers) == shared
+    assert (recipe.threshold, recipe.ema_decay, recipe.teachers) == (0.6, 0.996, "own")
     own = (recipe.lr, recipe.lam, recipe.crop_size, recipe.batch_size, recipe.cutmix, recipe.ohem)
     city = (0.0045, 3.0, 800, 4, "boxes", True)
-    assert own == ((0.0025 * gpus, 1.5, 512, 8, "box", False) if dataset == "voc" else city)
+    assert own == ((0.0025 * gpus, 1.5, 512, 8, "box", False) if recipe.dataset == "voc" else city)

@@ -11,7 +11,7 @@ find that label under harder conditions ("perturbed"): other colours, CutMix, an
 on its features, the small step that most changes what the teachers' decoders make of them.
 
 Where to find it (we know the number of only one of the paper's equations)
-    Eq. (4)   the ensemble: mean of two teachers' logits, then softmax      train; Ensemble
+    Eq. (4)   the ensemble: mean of two teachers' logits, then softmax      train; deeplab.Ensemble
     Conf-CE   hard labels weighted with confidence, above a threshold τ     conf_ce_loss
     T-VAT     r_adv = argmax KL(p(z) || p(z + r)) over ||r|| <= eps         t_vat
     EMA       teacher <- decay teacher + (1 - decay) student, in turns      ema_update, train
@@ -23,8 +23,8 @@ had C, but not the text of P: what is said of P is from its abstract, notes that
 what its authors wrote elsewhere. What changes results most:
     1. T-VAT's noise has the norm eps; C's is nearly zero, and its results were obtained so.
     2. The ensemble is the plain mean; C lets one teacher complete the other's highest classes.
-    3. `--teachers copy`, for short runs and random weights: both start from the warmed-up student.
-       `own`, as in C: each network learns by itself in the warm-up.
+    3. `--teachers copy`, the embedded dataset's: both start from the warmed-up student. `own`, as
+       in C and for pretrained weights: each network learns by itself in the warm-up.
     4. A teacher's turn is a pass over the unlabelled pictures, as in C, but no longer than a
        twelfth of λ's rise.
     5. Labelled pictures are augmented anew each time; C replays its first pass over them.
@@ -78,8 +78,8 @@ class Config(SemiConfig):
     ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes
 
 
-# The released code's values, but for eps, teachers, warmup and ramp; those two shares are for
-# `folder`, the others take theirs from `lengths`. eps: C's call asks for 2, and gets nearly none.
+# The released code's values, but for warmup and ramp, which are for `folder` (the others take theirs
+# from `lengths`), and for eps: C's call asks for 2, and gets nearly none.
 PAPER = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
@@ -141,7 +141,7 @@ RECIPES |= {
 RECIPES |= {"voc": RECIPES["voc 1/8"], "cityscapes": RECIPES["cityscapes 1/8"]}
 
 
-# --- the method (Sec. 3) ---
+# --- the method ---
 
 
 def conf_ce_loss(
@@ -156,7 +156,6 @@ def conf_ce_loss(
     the teachers, y its class, and m = 1 where c >= threshold. valid (B, H, W) bool leaves padding
     out. Where no pixel passes it is 0, with zero gradient.
     """
-    # Δ C: padding of a crop does not teach, unless --count-padding.
     # Δ P: a mean over the pixels that pass, as in C; by what P divides we could not check.
     # Δ P: a pixel of confidence τ passes, as in C; in P those above it.
     # Δ C: where no pixel passes, C's loss for VOC has no gradient at all, and several GPUs hang.
@@ -189,9 +188,11 @@ def t_vat(
     None. size: (H, W) to which logits are upsampled first.
     """
     # Δ C: its call has ξ = 1e-6, where the gradient's norm is 1e-14 to 1e-12, and it adds 1e-8 to
-    # every norm that it divides by: what comes out has a norm of 1e-3 or less, not of eps.
-    # A small ξ measures the curvature at z exactly, but rounding hides a small step: GPUs convolve
-    # float32 as TF32, with 10 bits.
+    # every norm that it divides by: what comes out had a norm of 4e-4 to 1.5e-2, not of eps.
+    # A small ξ measures the curvature at z exactly, but rounding hides a small step. The smallest
+    # cosine to the direction of ξ = 0.01 in float64, of 64 pictures: 0.998 for ξ = 0.1 and 0.98 for
+    # ξ = 1 in float32; but 0.40 and 0.98 with the 10 bits of TF32, as which GPUs convolve float32.
+    # In bf16 none of them: autocast is off.
     z = encoded.detach().to(torch.promote_types(encoded.dtype, torch.float32))
     d = torch.rand_like(z) - 0.5 if start is None else start.to(z)
     d = unit(d).requires_grad_()
@@ -293,7 +294,7 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
     Pictures are resized bilinearly, targets to the nearest pixel.
     """
     # Δ C: never run for DeepLabv3+ there, and for PSPNet it zooms the target but not the picture.
-    # This is what P describes, with C's numbers.
+    # This is what notes say of P, with C's numbers.
     draw, (height, width) = float(torch.rand(())), valid.shape[1:]
     top, left, box_h, box_w, out_h, out_w = 0, 0, height, width, height, width
     if draw < 0.4:
@@ -314,7 +315,7 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
     return look(images, "bilinear"), look(teacher_logits, "nearest-exact"), valid
 
 
-# --- training (Sec. 4) ---
+# --- training ---
 
 
 def decoder(network: DeepLabV3Plus) -> Callable[[Tensor], Tensor]:
@@ -331,8 +332,8 @@ def train(cfg: Config) -> Result:
     run = Run("psmt", cfg)
     data = run.load()
 
-    # Δ C: it loads the pretrained weights into the student alone: the teachers' backbones start at
-    # random, and only their heads from He's normal weights, as all heads here.
+    # Δ C: all three start alike. C loads the pretrained weights into the student alone, so that the
+    # teachers' backbones start at random; and the student's head has PyTorch's default weights.
     build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
     student = build()
     trained, teachers = run.wrap(student), []
@@ -341,8 +342,8 @@ def train(cfg: Config) -> Result:
     own = cfg.teachers == "own" and not cfg.supervised_only
     if not cfg.supervised_only:
         teachers = [run.place(build()) if own else deepcopy(student) for _ in range(2)]
-    # Δ C: the plain mean, as in P. C takes the teacher that is not being updated and, outside its
-    # seven highest classes at a pixel, puts the other's logits first.
+    # Δ C: the plain mean, as in P. In C the teacher that is not being updated counts only with its
+    # seven highest logits at a pixel; the others are replaced by the other teacher's.
     ensemble = Ensemble(teachers)
     named = dict(zip(("student", "teacher1", "teacher2"), [student, *teachers], strict=False))
     # The learning rate is constant in the warm-up, as in C, and falls after it.
@@ -364,9 +365,11 @@ def train(cfg: Config) -> Result:
     # Steps after which the other teacher follows: a pass over the unlabelled pictures.
     # Δ C: or a twelfth of λ's rise, where that is shorter. In C it is the same, for the rise takes
     # 12 passes; in a short run one teacher would rest from before the rise until its end.
-    rise = cfg.ramp * cfg.iters
     turn = math.ceil(len(data.unlabeled) / run.world) // cfg.batch_size
-    turn = max(min(turn, round(rise / 12)) if rise else turn, 1)
+    rise = cfg.ramp * cfg.iters
+    if rise:
+        turn = min(turn, round(rise / 12))
+    turn = max(turn, 1)
 
     def noise(encoded: Tensor) -> Tensor:
         """r_adv, from the student's features z. Labelled pictures get it too, as in C."""
@@ -375,12 +378,15 @@ def train(cfg: Config) -> Result:
 
     for step in run.loop():
         weak_l, labels_l, _, strong_l = run.to_device(next(batches_l))
-        semi = bool(teachers) and step >= warmup  # until then, and in the baseline, labels alone
+        semi = bool(teachers) and step >= warmup
+        # After the warm-up teachers learn by averaging alone. They label in training mode, as in C.
+        ensemble.requires_grad_(own and not semi)
+        ensemble.train(not (semi and cfg.pseudo_eval))
         perturb = noise if semi and cfg.eps else None
-        # Teachers label in training mode, as in C, which moves their running statistics.
-        ensemble.requires_grad_(own and not semi).train(not (semi and cfg.pseudo_eval))
         with run.autocast():
-            logits_l = trained(strong_l, perturb)  # decode(z + r_adv), z = encode(strong_l)
+            # decode(z + r_adv), z = encode(strong_l). In bf16 some of r_adv is rounded away: 1 % on
+            # pictures of 64 pixels, 10 % at 512, where z is large.
+            logits_l = trained(strong_l, perturb)
             loss = loss_sup = criterion(logits_l, labels_l)  # L_sup
             loss_conf = lam = 0.0
             if semi:
@@ -393,13 +399,13 @@ def train(cfg: Config) -> Result:
                     masks = masks_of(*valid.shape, device=run.device)
                     strong_u, teacher_logits = mix(strong_u, masks), mix(teacher_logits, masks)
                     valid = mix(valid, masks)
-                if cfg.count_padding:
+                if cfg.count_padding:  # Δ C: padding does not teach, unless this is set
                     valid = torch.ones_like(valid)
                 logits_u = trained(strong_u, perturb)  # (B, K, H, W)
                 loss_conf = conf_ce_loss(logits_u, teacher_logits, cfg.threshold, valid)  # L_conf
                 lam = cfg.lam * ramp_up(step - warmup, rise)  # λ(t)
                 loss = loss_sup + lam * loss_conf  # L
-            elif own:  # each by itself, from weak views
+            elif own:  # each by itself, from weak views, as in C
                 loss = loss + sum(criterion(teacher(weak_l), labels_l) for teacher in teachers)
 
         optimizer.zero_grad()
@@ -408,11 +414,10 @@ def train(cfg: Config) -> Result:
         optimizer.step()
         if step >= warmup:
             schedule.step()
-        # In the warm-up copies are the student; then one teacher follows it, the other waits.
-        active = (step - warmup) // turn % 2
         if semi:
+            active = (step - warmup) // turn % 2  # the teacher that follows now; the other waits
             ema_update(teachers[active], student, cfg.ema_decay)
-        elif not own:
+        elif not own:  # until the warm-up ends, both are the student
             for teacher in teachers:
                 ema_update(teacher, student, 0.0)
         run.log(step, loss_sup=loss_sup, loss_conf=loss_conf, lam=lam)

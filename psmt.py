@@ -78,8 +78,8 @@ class Config(SemiConfig):
     ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes
 
 
-# The released code's values, but for warmup and ramp, which are for `folder` (the others take theirs
-# from `lengths`), and for eps: C's call asks for 2, and gets nearly none.
+# The released code's values, but for warmup and ramp, which are for `folder` (the others take
+# theirs from `lengths`), and for eps: C's call asks for 2, and gets nearly none.
 PAPER = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",

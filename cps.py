@@ -30,7 +30,7 @@ changes results most:
     5. For networks without pretrained weights λ rises from 0: `--ramp`.
 Left out: the recipes for few hundred labels (Table 5), HRNet, self-training.
 
-    python cps.py    # 53.6 mIoU, mean of three seeds (supervised 44.3); 6 minutes on two CPU cores
+    python cps.py    # 53.3 mIoU, mean of three seeds (supervised 43.7); 2 to 6 minutes on a CPU
 """
 
 from collections.abc import Callable

@@ -30,7 +30,7 @@ what its authors wrote elsewhere. What changes results most:
     5. Labelled pictures are augmented anew each time; C replays its first pass over them.
 Left out: negative learning, which C's scripts switch off.
 
-    python psmt.py    # 53.9 mIoU, mean of three seeds (supervised 47.3); 4 minutes on two CPU cores
+    python psmt.py    # 53.5 mIoU, mean of three seeds (supervised 46.7); 2 to 4 minutes on a CPU
 """
 
 import math

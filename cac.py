@@ -26,7 +26,7 @@ Differences from the paper (P) and the released code (C) stand at their lines: `
 had C and P's equations and tables, not its text. What changes results most:
     1. The mean is over the anchors that learn, as in C; P's over all of a picture's overlap
        (`--mean-over overlap`), whose gradient is far smaller where few cells are confident.
-    2. The loss is exact; C adds 1e-8 inside the logarithm, which caps it at 18.4.
+    2. The loss is exact; C adds 1e-8 to denominator and logarithm, which caps it at 18.4.
     3. Labelled pictures are augmented anew each time; C stores its batches and replays them.
 Left out: image-level labels (not in C either), PSPNet, Table 3's row I (a distance, no negatives).
 
@@ -80,8 +80,8 @@ class Config(SemiConfig):
     directed: bool = True  # Eq. (2): only the less confident of two features learns
     class_filter: bool = True  # Eq. (5): negatives are of another class than the anchor
     base_size: Count = 64  # pixels, near your pictures' long side: what the scales refer to
-    scales: Span = (0.75, 1.25)  # smallest, largest long side for labelled crops
-    pair_scales: Span = (0.8, 1.25)  # smallest, largest long side for crop pairs
+    scales: Span = (0.75, 1.25)  # smallest, largest long side / base_size, labelled crops
+    pair_scales: Span = (0.8, 1.25)  # the same for crop pairs
     # Δ PC: milder colours, for short runs on small pictures that colour tells apart.
     strength: Share = 0.2  # of the crop pairs' photometry: 1 released
     jitter: bool = False  # colour jitter of labelled crops: on Cityscapes
@@ -187,9 +187,9 @@ def directional_contrastive_loss(
     # How many learn decides the shapes below: here the host waits for the device.
     active = active_anchors(anchor_conf, target_conf, gamma, directed).nonzero()[:, 0]
     dtype = torch.promote_types(anchor.dtype, torch.float32)
-    labels = anchor_labels[active] if class_filter else torch.full_like(active, -1)  # no one's
-    # Δ C: targets and negatives are detached here; there, negatives are constant only because
-    # gathering them from all GPUs passes no gradient.
+    labels = anchor_labels[active] if class_filter else torch.full_like(active, -1)  # no class
+    # Targets and negatives are constants, as in C (there, negatives because gathering them from all
+    # GPUs passes no gradient).
     anchor, target = anchor[active].to(dtype), target.detach()[active].to(dtype)
     negatives = negatives.detach().to(dtype)
     # N x M is large: a slice of anchors at a time, its matrix made anew for the gradient.
@@ -202,6 +202,7 @@ def directional_contrastive_loss(
         ]
     # Δ P: N is the number of anchors that learn, in a process's batch, as in C; in P it is that of
     # all cells in a picture's overlap. "overlap" is P's, but of the batch's pictures together.
+    # Δ C: exactly 0 without any; there 1e-12 is added to N.
     count = len(active) if mean_over == "active" else len(anchor_conf)
     return torch.cat(losses).sum() / max(count, 1)
 
@@ -239,14 +240,14 @@ class ContrastiveNet(nn.Module):
 
     def features(self, images: Tensor) -> Features:
         """(B, 3, H, W) -> Features of B x H/8 x W/8 cells, row by row."""
-        decoded = self.network.decode(self.network.encode(images))
-        decoded = F.avg_pool2d(decoded, 2)  # (B, width, H/8, W/8)
+        decoded = self.network.decode(self.network.encode(images))  # (B, width, H/4, W/4)
+        pooled = F.avg_pool2d(decoded, 2)  # (B, width, H/8, W/8), a cell each, as in C
         # The classifier learns from labels alone; conf and pseudo labels are constants. They come
         # from the features' own pass, in training mode with dropout, as in C.
         with torch.no_grad():
-            probs = self.network.classify(decoded).softmax(dim=1)
+            probs = self.network.classify(pooled).softmax(dim=1)
             conf, pseudo = probs.max(dim=1)  # (B, H/8, W/8) each  Eq. (4)
-        phi = self.projector(decoded)
+        phi = self.projector(pooled)
         phi = F.normalize(phi.to(torch.promote_types(phi.dtype, torch.float32)), dim=1)
         return Features(phi.permute(0, 2, 3, 1).flatten(0, 2), conf.flatten(), pseudo.flatten())
 
@@ -254,9 +255,10 @@ class ContrastiveNet(nn.Module):
 class Bank:
     """F_u: the features of the last steps, which with the current ones are the negatives.
 
-    All cells of both crops are, padding's too; C draws a number that in its settings is all.
+    All cells of both crops are, padding's too.
     """
 
+    # Δ C: it draws a number of them, which in its settings is all.
     def __init__(self, steps: int):
         self.past = deque(maxlen=steps)
 
@@ -400,7 +402,7 @@ def pair_view(
     """
     # The aligned cells do not see quite the same pixels, as in C: crops are moved by 8 pixels, the
     # backbone's stride is 16, and its grid in a mirrored crop lies up to 14.6 pixels off.
-    # Δ C: resized bilinearly without antialiasing; there by Pillow's bicubic filter.
+    # Δ C: resized bilinearly without antialiasing, as labelled crops are; there, bicubically.
     scale = draw_scale(image, base_size, scales)
     height, width = (max(round(scale * side), 1) for side in image.shape[-2:])
     image = v2.functional.resize(image, [height, width], antialias=False)
@@ -424,7 +426,7 @@ def overlap(match: Tensor) -> tuple[Tensor, Tensor]:
     return inside.flatten().nonzero()[:, 0], (match + first)[inside]
 
 
-def shares(o1: Features, o2: Features, gamma: float) -> dict[str, Tensor]:
+def agreement(o1: Features, o2: Features, gamma: float) -> dict[str, Tensor]:
     """Of the overlap's cells: those where a target teaches, those where the crops disagree."""
     cells = max(len(o1.conf), 1)
     taught = (torch.maximum(o1.conf, o2.conf) > gamma).sum() / cells
@@ -454,9 +456,10 @@ def train(cfg: Config) -> Result:
     data = run.load()
 
     build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
-    network = build(cfg.dropout, cfg.dropout, classifier_dropout=cfg.dropout / 5)
+    drop = dict(aspp_dropout=cfg.dropout, decoder_dropout=cfg.dropout)
+    network = build(**drop, classifier_dropout=cfg.dropout / 5)
     net = ContrastiveNet(network, cfg.width, cfg.projector and not cfg.supervised_only)
-    trained = run.wrap(net, find_unused=True)  # in the warm-up Φ is
+    trained = run.wrap(net, find_unused=True)  # the warm-up does not use Φ
     bank = Bank(cfg.bank)
     head = nn.ModuleList(part for part in network.children() if part is not network.backbone)
     head.append(net.projector)
@@ -507,7 +510,7 @@ def train(cfg: Config) -> Result:
                 loss_21 = contrast(o2.phi, o1.phi, o2.conf, o1.conf, o2.pseudo, negatives, classes)
                 loss_dc = loss_12 + loss_21  # L_dc, Eq. (3)
                 loss = loss_sup + cfg.lam * loss_dc  # L
-            others = dict(loss_dc=loss_dc, **shares(o1, o2, cfg.gamma))
+            others = dict(loss_dc=loss_dc, **agreement(o1, o2, cfg.gamma))
 
         optimizer.zero_grad()
         loss.backward()

@@ -96,7 +96,7 @@ class Run:
         torch.manual_seed(cfg.seed)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"Run.{name}: unknown, or not known before Run.start")
+        raise AttributeError(f"Run.{name}: unknown, or not known before Run.start, Run.loop")
 
     # --- set-up ---
 

@@ -24,10 +24,10 @@ Where to find it
 
 Differences from the paper (P) and the released code (C) stand at their lines: `grep Δ cac.py`. We
 had C and P's equations and tables, not its text. What changes results most:
-    1. The mean is over the anchors that learn, as in C; P's over all of a picture's overlap
+    1. The mean is over the anchors that learn, as in C; P's, it seems, over a picture's overlap
        (`--mean-over overlap`), whose gradient is far smaller where few cells are confident.
     2. The loss is exact; C adds 1e-8 to denominator and logarithm, which caps it at 18.4.
-    3. Labelled pictures are augmented anew each time; C stores its batches and replays them.
+    3. Pictures are augmented anew each time; C replays its stored batches within an epoch.
 Left out: image-level labels (not in C either), PSPNet, Table 3's row I (a distance, no negatives).
 
     python cac.py    # 51.7 mIoU, mean of three seeds (supervised 45.7); 2 to 6 minutes on a CPU
@@ -82,7 +82,7 @@ class Config(SemiConfig):
     base_size: Count = 64  # pixels, near your pictures' long side: what the scales refer to
     scales: Span = (0.75, 1.25)  # smallest, largest long side / base_size, labelled crops
     pair_scales: Span = (0.8, 1.25)  # the same for crop pairs
-    # Δ PC: milder colours, for short runs on small pictures that colour tells apart.
+    # Δ C: milder colours, and no dropout, for short runs on small pictures that colour tells apart.
     strength: Share = 0.2  # of the crop pairs' photometry: 1 released
     jitter: bool = False  # colour jitter of labelled crops: on Cityscapes
     dropout: Share = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 released
@@ -200,9 +200,9 @@ def directional_contrastive_loss(
             checkpoint(info_nce, *part, negatives, negative_labels, tau, **options)
             for part in slices
         ]
-    # Δ P: N is the number of anchors that learn, in a process's batch, as in C; in P it is that of
-    # all cells in a picture's overlap. "overlap" is P's, but of the batch's pictures together.
-    # Δ C: exactly 0 without any; there 1e-12 is added to N.
+    # Δ P: N is the number of anchors that learn, in a process's batch, as in C. P writes 1 / N; we
+    # take it for all cells in a picture's overlap: "overlap" is that, of the batch's pictures
+    # together. 0 without any, as in C.
     count = len(active) if mean_over == "active" else len(anchor_conf)
     return torch.cat(losses).sum() / max(count, 1)
 
@@ -253,7 +253,7 @@ class ContrastiveNet(nn.Module):
 
 
 class Bank:
-    """F_u: the features of the last steps, which with the current ones are the negatives.
+    """The features of the last steps: with the current ones they are F_u, the negatives.
 
     All cells of both crops are, padding's too.
     """
@@ -380,7 +380,7 @@ def labeled_view(
     scales: tuple[float, float],
     change: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """A crop of a labelled picture (3, H, W) uint8, its photometry changed, and its label."""
+    """A crop of a labelled picture (3, H, W) uint8, perhaps mirrored, changed, and its label."""
     # Δ C: padded on all sides; there at the bottom and the right, as crop pairs are here too.
     scale = draw_scale(image, base_size, scales)
     _, label, _, image = train_view(image, label, crop, (scale,), change)
@@ -488,7 +488,7 @@ def train(cfg: Config) -> Result:
     )
 
     for step in run.loop():
-        # Δ C: labelled pictures are augmented anew each time; there, batches are replayed.
+        # Δ C: pictures are augmented anew each time; there, an epoch replays its stored batches.
         images_l, labels_l = run.to_device(next(batches_l))
         others = {}
         if step < warmup:

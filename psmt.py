@@ -14,6 +14,7 @@ Where to find it (we know the number of only one of the paper's equations)
     Eq. (4)   the ensemble: mean of two teachers' logits, then softmax      train; deeplab.Ensemble
     Conf-CE   hard labels weighted with confidence, above a threshold τ     conf_ce_loss
     T-VAT     r_adv = argmax KL(p(z) || p(z + r)) over ||r|| <= eps         t_vat
+    L_sup     labelled pictures, strong view, with r_adv                    train; common.losses
     EMA       teacher <- decay teacher + (1 - decay) student, in turns      ema_update, train
     Total     L = L_sup + λ(t) L_conf                                       train, ramp_up
     CutMix, ZoomIn/Out, weak and strong views              box_masks, zoom, views; common.augment
@@ -21,14 +22,14 @@ Where to find it (we know the number of only one of the paper's equations)
 What differs from the paper (P) or the released code (C) stands at its line: `grep Δ psmt.py`. We
 had C, but not the text of P: what is said of P is from its abstract, notes that others took, and
 what its authors wrote elsewhere. What changes results most:
-    1. T-VAT's noise has the norm eps; C's is nearly zero, and its results were obtained so.
+    1. T-VAT's noise has the norm eps; C's, as released, is nearly zero where it was measured.
     2. The ensemble is the plain mean; C lets one teacher complete the other's highest classes.
     3. `--teachers copy`, the embedded dataset's: both start from the warmed-up student. `own`, as
        in C and for pretrained weights: each network learns by itself in the warm-up.
     4. A teacher's turn is a pass over the unlabelled pictures, as in C, but no longer than a
        twelfth of λ's rise.
-    5. Labelled pictures are augmented anew each time; C replays its first pass over them.
-Left out: negative learning, which C's scripts switch off.
+    5. Labelled pictures are augmented anew each time; within an epoch C replays its first pass.
+Left out: negative learning, which C's scripts switch off, all but one job for Cityscapes.
 
     python psmt.py    # 53.5 mIoU, mean of three seeds (supervised 46.7); 2 to 4 minutes on a CPU
 """
@@ -69,18 +70,19 @@ class Config(SemiConfig):
     ema_decay: Share = 0.9  # of the teachers: 0.996 in the released code
     eps: float = 2.0  # norm of T-VAT's noise for each picture, 0: none; no source has the paper's
     cutmix: Literal["box", "boxes", "off"] = "box"  # one box a picture (VOC), three (Cityscapes)
+    # Δ P: off, as in C for DeepLabv3+; it is part of P's strong view.
     zoom: bool = False  # ZoomIn/Out of the strong view
     pseudo_eval: bool = False  # teachers label in eval mode; in the released code in training mode
     count_padding: bool = False  # padding of a crop teaches too, as in the released code
     scales: Span = (0.75, 1.25)  # smallest and largest scale of a training crop
-    # Δ PC: milder colours, for short runs on small pictures that colour tells apart.
+    # Δ C: milder colours, for short runs on small pictures that colour tells apart.
     strength: Share = 0.2  # of the strong view's photometry: 1 in the released code
     ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes
 
 
 # The released code's values, but for warmup and ramp, which are for `folder` (the others take
 # theirs from `lengths`), and for eps: C's call asks for 2, and gets nearly none.
-PAPER = dict(
+RELEASED = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
     batch_size=8,
@@ -103,10 +105,10 @@ FOLDER = dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval
 GPUS = int(os.environ.get("WORLD_SIZE", 1))
 # 8 + 8 pictures on each GPU, lr 0.0025 for each: 0.01 on 4. The long side is drawn from 300 to 1200
 # pixels, which are these scales for VOC's 500.
-VOC = PAPER | dict(dataset="voc", crop_size=512, lr=0.0025 * GPUS, scales=(0.6, 2.4))
+VOC = RELEASED | dict(dataset="voc", crop_size=512, lr=0.0025 * GPUS, scales=(0.6, 2.4))
 # 4 + 4 pictures on each GPU, lr 0.0045 on any number of them.
 # Δ C: OHEM, as C's README says of this setting; C builds it and never calls it.
-CITYSCAPES = PAPER | dict(dataset="cityscapes", crop_size=800, eval_window=800, batch_size=4)
+CITYSCAPES = RELEASED | dict(dataset="cityscapes", crop_size=800, eval_window=800, batch_size=4)
 CITYSCAPES |= dict(lr=0.0045, lam=3.0, cutmix="boxes", ohem=True)
 
 
@@ -124,7 +126,8 @@ def lengths(labels: int, pictures: int, epochs: int, batch: int) -> dict:
 
 # Lengths depend on the labelled set; `--dataset voc --labeled 1/4` selects one of these. Any other
 # set (a list, another share) gets those of 1/8: give --iters, --warmup, --ramp and --eval-every.
-RECIPES = {"shapes": {}, "folder": PAPER | FOLDER}
+# C's λ for lists of 92 pictures is 0.06, for those of 183 to 732 it is 0.6.
+RECIPES = {"shapes": {}, "folder": RELEASED | FOLDER}
 RECIPES |= {
     f"voc {share}": VOC | dict(labeled=share) | lengths(labels, 10_582, epochs, batch=8)
     for share, labels, epochs in (
@@ -156,7 +159,7 @@ def conf_ce_loss(
     the teachers, y its class, and m = 1 where c >= threshold. valid (B, H, W) bool leaves padding
     out. Where no pixel passes it is 0, with zero gradient.
     """
-    # Δ P: a mean over the pixels that pass, as in C; by what P divides we could not check.
+    # A mean over the pixels that pass, as in C; by what P divides we could not check.
     # Δ P: a pixel of confidence τ passes, as in C; in P those above it.
     # Δ C: where no pixel passes, C's loss for VOC has no gradient at all, and several GPUs hang.
     # What teaches is constant: neither label nor confidence passes a gradient back.
@@ -187,8 +190,9 @@ def t_vat(
     the mode they are in: put BatchNorm in eval mode first. start: d, of any norm but 0; random when
     None. size: (H, W) to which logits are upsampled first.
     """
-    # Δ C: its call has ξ = 1e-6, where the gradient's norm is 1e-14 to 1e-12, and it adds 1e-8 to
-    # every norm that it divides by: what comes out had a norm of 4e-4 to 1.5e-2, not of eps.
+    # Δ C: its call has ξ = 1e-6, where the exact gradient's norm is 1e-14 to 1e-12, and it adds
+    # 1e-8 to every norm that it divides by. What comes out in float32 is rounding noise, of a norm
+    # of 4e-4 to 1.5e-2 where it was measured, not of eps.
     # A small ξ measures the curvature at z exactly, but rounding hides a small step. The smallest
     # cosine to the direction of ξ = 0.01 in float64, of 64 pictures: 0.998 for ξ = 0.1 and 0.98 for
     # ξ = 1 in float32; but 0.40 and 0.98 with the 10 bits of TF32, as which GPUs convolve float32.
@@ -332,12 +336,13 @@ def train(cfg: Config) -> Result:
     run = Run("psmt", cfg)
     data = run.load()
 
-    # Δ C: all three start alike. C loads the pretrained weights into the student alone, so that the
-    # teachers' backbones start at random; and the student's head has PyTorch's default weights.
+    # Δ C: all three start in the same way, with `own` from a head of each's own. C loads the
+    # pretrained weights into the student alone, so that the teachers' backbones start at random;
+    # and the student's head has PyTorch's default weights.
     build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
     student = build()
     trained, teachers = run.wrap(student), []
-    # Δ PC: `copy`. The average of networks that started apart predicts nothing until one of them
+    # Δ C: `copy`. The average of networks that started apart predicts nothing until one of them
     # is nearly all of it, and a short run has no time for that.
     own = cfg.teachers == "own" and not cfg.supervised_only
     if not cfg.supervised_only:
@@ -354,7 +359,7 @@ def train(cfg: Config) -> Result:
     # Δ C: the mean of the teachers, as in P; for Cityscapes C takes teacher 1 alone.
     run.start(data, teachers or [student], **everything)
 
-    # Δ C: labelled pictures are augmented anew each time; C replays its first pass over them.
+    # Δ C: labelled pictures are augmented anew each time; within an epoch C replays its first pass.
     view = partial(views, crop=cfg.crop_size, scales=cfg.scales, strong=photometry(cfg.strength))
     batches_l = run.batches("labeled", view)
     batches_u = run.batches("unlabeled", view, begin=warmup)
@@ -379,7 +384,8 @@ def train(cfg: Config) -> Result:
     for step in run.loop():
         weak_l, labels_l, _, strong_l = run.to_device(next(batches_l))
         semi = bool(teachers) and step >= warmup
-        # After the warm-up teachers learn by averaging alone. They label in training mode, as in C.
+        # After the warm-up teachers' weights change by averaging alone. They label in training
+        # mode, as in C, which moves the running statistics of both.
         ensemble.requires_grad_(own and not semi)
         ensemble.train(not (semi and cfg.pseudo_eval))
         perturb = noise if semi and cfg.eps else None
@@ -405,7 +411,7 @@ def train(cfg: Config) -> Result:
                 loss_conf = conf_ce_loss(logits_u, teacher_logits, cfg.threshold, valid)  # L_conf
                 lam = cfg.lam * ramp_up(step - warmup, rise)  # λ(t)
                 loss = loss_sup + lam * loss_conf  # L
-            elif own:  # each by itself, from weak views, as in C
+            elif own:  # Δ C: each by itself, but from one batch; there, one after the other
                 loss = loss + sum(criterion(teacher(weak_l), labels_l) for teacher in teachers)
 
         optimizer.zero_grad()
@@ -415,7 +421,7 @@ def train(cfg: Config) -> Result:
         if step >= warmup:
             schedule.step()
         if semi:
-            active = (step - warmup) // turn % 2  # the teacher that follows now; the other waits
+            active = (step - warmup) // turn % 2  # whose turn it is; the other's weights wait
             ema_update(teachers[active], student, cfg.ema_decay)
         elif not own:  # until the warm-up ends, both are the student
             for teacher in teachers:

@@ -462,8 +462,9 @@ def train(cfg: Config) -> Result:
     trained = run.wrap(net, find_unused=True)  # the warm-up does not use Φ
     bank = Bank(cfg.bank)
     head = nn.ModuleList(part for part in network.children() if part is not network.backbone)
-    head.append(net.projector)
-    parts, options = [network.backbone, head], dict(shares=[cfg.backbone_lr, 1.0], decay_all=True)
+    # Φ's gradients come later than the others': in a group of its own, as a fused SGD wants it.
+    parts = [network.backbone, head, net.projector]
+    options = dict(shares=[cfg.backbone_lr, 1.0, 1.0], decay_all=True)
     optimizer, schedule = sgd_poly(parts, cfg.lr, cfg.weight_decay, cfg.iters, **options)
     state = dict(network=net, optimizer=optimizer, schedule=schedule, bank=bank)
     run.start(data, [network], **state)

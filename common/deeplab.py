@@ -117,6 +117,8 @@ class ASPP(nn.Module):
             [ConvBNReLU(channels, width, 1)]
             + [ConvBNReLU(channels, width, 3, dilation=rate) for rate in (6, 12, 18)]
         )
+        for conv, _, _ in self.branches[1:]:
+            conv.__class__ = DilatedConv
         self.pooled = ConvBNReLU(channels, width, 1)
         self.project = ConvBNReLU(5 * width, width, 1)
         self.dropout = nn.Dropout(dropout)
@@ -129,6 +131,23 @@ class ASPP(nn.Module):
         pooled = self.pooled(high.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *high.shape[-2:])
         features = [branch(high) for branch in self.branches] + [pooled]
         return self.dropout(self.project(torch.cat(features, dim=1)))
+
+
+class DilatedConv(nn.Conv2d):
+    """A dilated 3x3 convolution that saves what torch's own wastes on small maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', h, w)."""
+        # Of a dilation no smaller than the map, all taps but the centre see padding, zeros.
+        if min(self.dilation) >= max(x.shape[-2:]):
+            return F.conv2d(x, self.weight[..., 1:2, 1:2], self.bias)
+        # On a CPU gradients of channels-last weights are copied, which takes longer than a small
+        # map's convolution; a contiguous one has no such copy.
+        pixels = x.numel() // x.shape[1]
+        if x.device.type == "cpu" and pixels <= 1024 and torch.is_grad_enabled():
+            out = self._conv_forward(x.contiguous(), self.weight.contiguous(), self.bias)
+            return out.contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
 
 
 class Ensemble(nn.Module):
@@ -159,6 +178,7 @@ def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
                 if module.kernel_size == (3, 3):
+                    module.__class__ = DilatedConv  # the same weights
                     module.dilation = module.padding = (2 ** (index + 1),) * 2
     return resnet
 

@@ -34,5 +34,5 @@ def sgd_poly(
             decay = weight_decay if decays or decay_all else 0.0
             groups.append({"params": chosen, "lr": share * lr, "weight_decay": decay})
     groups = [group for group in groups if group["params"]]
-    optimizer = SGD(groups, lr=lr, momentum=0.9)
+    optimizer = SGD(groups, lr=lr, momentum=0.9, fused=True)
     return optimizer, PolynomialLR(optimizer, total_iters=iters, power=0.9)

@@ -541,7 +541,7 @@ def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
 # --- stages: each leaves maps for the next ---
 
 # maps.loader: for each step view(picture, its maps of these kinds), of random pictures. maps.each:
-# index, picture (1, 3, H', W') padded to whole cells, tags (1, K), its maps at their own size.
+# indices, pictures (B, 3, H', W') of one size padded to whole cells, tags (B, K), maps unpadded.
 # maps.count: S, above all ids of superpixels. maps.quality, best_threshold: scores by the masks,
 # for the log alone. What maps hold of classes that the tags exclude is 0.
 
@@ -584,14 +584,14 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
     net.eval()
     run.average_buffers(net)
 
-    for index, images, tags, segments in maps.each(run, "superpixels"):
-        cams = activation_maps(net, images, tags, cfg.cam_scales)  # (1, K, H, W)
-        cells = F.avg_pool2d(cams, cfg.stride)[0]  # (K, h, w)
-        maps.write("cam", index, F.pad(cells, (0, 0, 0, 0, 1, 0)))  # 0 for the background
+    for indices, images, tags, segments in maps.each(run, "superpixels"):
+        cams = activation_maps(net, images, tags, cfg.cam_scales)  # (B, K, H, W)
+        cells = F.avg_pool2d(cams, cfg.stride)  # (B, K, h, w)
+        maps.write_batch("cam", indices, F.pad(cells, (0, 0, 0, 0, 1, 0)))  # 0 for background
         height, width = segments.shape[1:]
         # Δ P: [cited: MCOF] averaged over superpixels before the thresholds.
         cams = project(cams[..., :height, :width], segments, maps.count)
-        maps.write("seeds", index, seeds(cams, tags, cfg.fg, cfg.bg)[0])
+        maps.write_batch("seeds", indices, seeds(cams, tags, cfg.fg, cfg.bg))
     return maps.quality(run, "seeds", "seeds") | {"cam": maps.best_threshold(run, "cam")}
 
 
@@ -615,17 +615,17 @@ def train_unary(
     unary.eval()
     run.average_buffers(unary)
 
-    for index, images, tags, segments in maps.each(run, "superpixels"):
+    for indices, images, tags, segments in maps.each(run, "superpixels"):
         with torch.no_grad(), run.autocast():
             probs = mask_tags(unary(images).softmax(dim=1), tags)  # α^u
         # Δ P: [ours] G acts on cells of stride x stride pixels, on their mean probabilities.
-        maps.write(f"unary{t}", index, F.avg_pool2d(probs, cfg.stride)[0])
+        maps.write_batch(f"unary{t}", indices, F.avg_pool2d(probs, cfg.stride))
         height, width = segments.shape[1:]
         labels = probs.argmax(dim=1)[:, :height, :width]
         majority = majority_labels(labels, segments, maps.count, maps.num_classes, cfg.share)
-        maps.write(f"majority{t}", index, paint(majority, segments)[0])
+        maps.write_batch(f"majority{t}", indices, paint(majority, segments))
         if cfg.method == "direct":  # a baseline: f_{t+1} learns what f_t says
-            maps.write(f"labels{t}", index, labels[0])
+            maps.write_batch(f"labels{t}", indices, labels)
     unary.train()
     return maps.quality(run, "majority", f"majority{t}") | maps.quality(run, "unary", f"unary{t}")
 
@@ -650,15 +650,15 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
     net.eval()
     run.average_buffers(net)
 
-    for index, images, tags, segments, painted in maps.each(run, "superpixels", f"majority{t}"):
-        majority = of_segments(painted, segments, maps.count)  # (1, S)
+    for indices, images, tags, segments, painted in maps.each(run, "superpixels", f"majority{t}"):
+        majority = of_segments(painted, segments, maps.count)  # (B, S)
         cells = at_cells(pad(segments, cfg.stride), cfg.stride)
         with torch.no_grad():
-            probs = net(images, cells, maps.count).softmax(dim=2)  # (1, S, C)
+            probs = net(images, cells, maps.count).softmax(dim=2)  # (B, S, C)
         sizes = torch.stack([ids.flatten().bincount(minlength=maps.count) for ids in cells])
         probs = probs.masked_fill(sizes[..., None] == 0, torch.nan)  # no cell, no features
         labels = mine(probs, majority, tags, cfg.tau, cfg.mining)
-        maps.write(f"mined{t}", index, paint(labels, segments)[0])
+        maps.write_batch(f"mined{t}", indices, paint(labels, segments))
     return maps.quality(run, "mined", f"mined{t}")
 
 
@@ -689,18 +689,19 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
 def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[str, float]:
     """α^p = G_t α^u; its likeliest classes are what f_{t+1} learns [paper's Fig. 2]."""
     energies = torch.zeros(1, 2, device=run.device)  # of α^u and of α^p
-    for index, images, tags, probs, mined in maps.each(run, f"unary{t}", f"mined{t}"):
+    for indices, images, tags, probs, mined in maps.each(run, f"unary{t}", f"mined{t}"):
         # Δ P: [ours] --clamp.
         start = clamped(probs, pad(mined, cfg.stride), cfg.stride) if cfg.clamp else probs
         gates = net(images)
         refined = propagate(start, gates, cfg.passes, cfg.rule)  # α^p = G α^u
         refined = mask_tags(refined.clamp(min=0.0), tags)  # `abs` can give less than 0
         # J of a single pass's G, before and after; nothing forces it down.
-        energies += torch.cat([energy(a, gates, rule=cfg.rule) for a in (probs, refined)])
-        maps.write(f"refined{t}", index, refined[0])
-        enlarged = at_pixels(maps.read(f"refined{t}", index)[None], cfg.stride)  # as it is stored
+        energies += torch.stack([energy(a, gates, rule=cfg.rule).sum() for a in (probs, refined)])
+        maps.write_batch(f"refined{t}", indices, refined)
+        enlarged = at_pixels(refined.half().float(), cfg.stride)  # of what is stored
         height, width = mined.shape[1:]
-        maps.write(f"labels{t}", index, enlarged.argmax(dim=1)[0, :height, :width])
+        labels = enlarged.argmax(dim=1)[:, :height, :width]
+        maps.write_batch(f"labels{t}", indices, labels)
     before, after = (run.gather(energies).sum(dim=0) / len(maps.names)).tolist()
     logged = dict(energy_unary=before, energy_refined=after)
     return maps.quality(run, "refined", f"labels{t}") | logged

@@ -1,6 +1,7 @@
 """Maps of a run's training pictures: files that each stage of IAL leaves for the next."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from common.augment import normalise
 from common.data import Draws, draws_loader, read_pair
@@ -41,11 +42,20 @@ class Maps:
         """A picture (3, H, W) uint8."""
         return read_pair((self.pairs[index][0], None), self.data.lookup)[0]
 
+    def truth(self, index: int) -> Tensor:
+        """A picture's mask (H, W), void throughout where it has none."""
+        return read_pair(self.pairs[index], self.data.lookup)[1]
+
+    def write_batch(self, kind: str, indices: list[int], values: Tensor) -> None:
+        """`write` for a batch of pictures, whose files are compressed in threads."""
+        values = values.cpu()  # once
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(partial(self.write, kind), indices, values))
+
     def write(self, kind: str, index: int, value: Tensor) -> None:
         """Replace a picture's map of a kind: int64 labels (H, W) or probabilities (C, h, w)."""
         path = self.folder / kind / self.names[index]
         path.parent.mkdir(parents=True, exist_ok=True)
-        value = value.cpu()
         if value.is_floating_point():
             np.save(f"{path}.npy", value[self.possible[index]].to(torch.float16).numpy())
             return
@@ -69,28 +79,28 @@ class Maps:
         return probs
 
     def draw(self, index: int, kinds: Sequence[str]) -> list[Tensor]:
-        """A picture, and its maps of these kinds; "tags" stands for its tags."""
-        maps = [self.tags[index] if kind == "tags" else self.read(kind, index) for kind in kinds]
-        return [self.image(index), *maps]
-
-    def labels(self, kind: str, index: int) -> Tensor:
-        """A map's labels (H, W), of probabilities the likeliest."""
-        stored = self.read(kind, index)
-        return stored if stored.ndim == 2 else self._at_pixels(stored, index).argmax(dim=0)
-
-    def _at_pixels(self, probs: Tensor, index: int) -> Tensor:
-        height, width = self.image(index).shape[1:]
-        return at_pixels(probs[None], self.stride)[0, :, :height, :width]
+        """A picture's maps of these kinds; also "image", its "tags", and its mask, the "truth"."""
+        other = dict(image=self.image, tags=self.tags.__getitem__, truth=self.truth)
+        return [other[kind](index) if kind in other else self.read(kind, index) for kind in kinds]
 
     @cached_property
     def count(self) -> int:
         """S: more than any superpixel's id in any picture."""
         return 1 + max(int(self.read("superpixels", i).max()) for i in range(len(self.names)))
 
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each picture: of its superpixels, which do not depend on EXIF."""
+        sizes = []
+        for name in self.names:
+            with Image.open(f"{self.folder / 'superpixels' / name}.png") as png:
+                sizes.append(png.size)
+        return sizes
+
     def loader(self, run: Run, steps: range, view: Callable, *kinds: str) -> DataLoader:
         """A batch for each step: view(picture, its maps of these kinds) of random pictures."""
         batch_size, seed = run.cfg.batch_size, (run.cfg.seed, 2, steps.start)
-        read = partial(self.draw, kinds=kinds)
+        read = partial(self.draw, kinds=("image", *kinds))
         draws = Draws(range(len(self.names)), read, view, seed, batch_size * run.world)
         return draws_loader(draws, batch_size, range(len(steps)), **run.loading)
 
@@ -98,16 +108,35 @@ class Maps:
         """This process's share of the pictures."""
         return range(run.rank, len(self.names), run.world)
 
-    def each(self, run: Run, *kinds: str) -> Iterator[tuple[int, Tensor, ...]]:
+    def each(self, run: Run, *kinds: str) -> Iterator[tuple[list[int], Tensor, ...]]:
         """This process's share of the pictures, then a wait for the other processes.
 
-        Each is its index, the picture (1, 3, H', W'), normalised and padded to multiples of the
-        stride, its tags (1, K), and its maps of these kinds.
+        Batches of one size: their indices, the pictures (B, 3, H', W'), normalised and padded to
+        multiples of the stride, their tags (B, K), and their maps of these kinds. The first to ask
+        for them has to wait until all superpixels, which tell the sizes, are there.
         """
-        for index in self.share(run):
-            image, *others = (t[None].to(run.device) for t in self.draw(index, ("tags", *kinds)))
-            yield index, normalise(pad(image, self.stride).float() / 255), *others
+        batches = self._of_one_size(self.share(run), run.cfg.batch_size)
+        for indices, images, *others in self.read_ahead(run, batches, "image", "tags", *kinds):
+            yield indices, normalise(pad(images, self.stride).float() / 255), *others
         run.barrier()
+
+    def read_ahead(
+        self, run: Run, batches: list[list[int]], *kinds: str
+    ) -> Iterator[tuple[list[int], Tensor, ...]]:
+        """Batches' indices, and what `draw` gives of them, on the device, by the run's loaders."""
+        loading = dict(num_workers=run.cfg.workers, pin_memory=run.loading["pin_memory"])
+        loader = DataLoader(
+            Stored(self, kinds), batch_sampler=batches, generator=torch.Generator(), **loading
+        )
+        for indices, tensors in zip(batches, loader, strict=True):
+            yield indices, *(tensor.to(run.device, non_blocking=True) for tensor in tensors)
+
+    def _of_one_size(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
+        groups = {}
+        for index in indices:
+            groups.setdefault(self.sizes[index], []).append(index)
+        starts = [(g, i) for g in groups.values() for i in range(0, len(g), batch_size)]
+        return [group[start : start + batch_size] for group, start in starts]
 
     def quality(self, run: Run, name: str, kind: str) -> dict[str, float]:
         """How the labels of a kind, 255 unknown, compare with the masks; NaN without masks.
@@ -116,7 +145,7 @@ class Maps:
         foreground (fg), to background (bg), that are right; coverage: of their true pixels the
         share that is labelled.
         """
-        (counts,) = self._confusions(run, lambda index: [self.labels(kind, index)])
+        (counts,) = self._confusions(run, kind, lambda stored, size: [self.labels(stored, size)])
         known, total = counts[:, :-1], counts.sum(dim=1)  # (C, C), (C,)
         hits = known.diagonal()
         return {
@@ -133,23 +162,32 @@ class Maps:
         An upper bound: it is the masks that choose the level. NaN without masks.
         """
 
-        def cut(index: int) -> list[Tensor]:
-            score, best = self._at_pixels(self.read(kind, index)[1:], index).max(dim=0)
+        def cut(cams: Tensor, size: Sequence[int]) -> list[Tensor]:
+            score, best = self._at_pixels(cams[:, 1:], size).max(dim=1)  # (B, H, W) each
             return [torch.where(score > level, best + 1, 0) for level in levels]
 
-        return max(mean_iou(c[:, :-1]) for c in self._confusions(run, cut, len(levels)))
+        return max(mean_iou(c[:, :-1]) for c in self._confusions(run, kind, cut, len(levels)))
 
-    def _confusions(self, run: Run, labels_of: Callable, count: int = 1) -> Tensor:
+    def labels(self, stored: Tensor, size: Sequence[int]) -> Tensor:
+        """The labels (B, H, W) of a batch of maps; of probabilities, those of the likeliest."""
+        return stored if stored.ndim == 3 else self._at_pixels(stored, size).argmax(dim=1)
+
+    def _at_pixels(self, probs: Tensor, size: Sequence[int]) -> Tensor:
+        height, width = size
+        return at_pixels(probs, self.stride)[..., :height, :width]
+
+    def _confusions(self, run: Run, kind: str, labels_of: Callable, count: int = 1) -> Tensor:
         """Pixels (count, C, C + 1) in `count` labellings: rows truth, the last column unknown."""
-        size = self.num_classes + 1
-        counts = torch.zeros(count, size, size, dtype=torch.int64)
-        for index in self.share(run):
-            if self.pairs[index][1] is not None:
-                truth = read_pair(self.pairs[index], self.data.lookup)[1]
-                for confusion, labels in zip(counts, labels_of(index), strict=True):
-                    labels = labels.masked_fill(labels == VOID, size - 1)
-                    confusion += confusion_matrix(labels, truth, size)
-        return run.gather(counts[None].to(run.device)).sum(dim=0)[:, :-1].cpu().double()
+        classes = self.num_classes + 1
+        counts = torch.zeros(count, classes, classes, dtype=torch.int64, device=run.device)
+        known = [index for index in self.share(run) if self.pairs[index][1] is not None]
+        batches = self._of_one_size(known, run.cfg.batch_size)
+        for _, stored, truth in self.read_ahead(run, batches, kind, "truth"):
+            labellings = labels_of(stored, truth.shape[1:])
+            for confusion, labels in zip(counts, labellings, strict=True):
+                labels = labels.masked_fill(labels == VOID, classes - 1)
+                confusion += confusion_matrix(labels, truth, classes)
+        return run.gather(counts[None]).sum(dim=0)[:, :-1].cpu().double()
 
     def panels(self, path: Path, kinds: Sequence[str], rows: int = 6) -> None:
         """Write one PNG of some pictures, with those of `kinds` that were made, and the truth."""
@@ -159,12 +197,22 @@ class Maps:
             heat = (255 * self.read("cam", index).amax(dim=0)).byte().expand(3, -1, -1)
             sums = torch.zeros(3, self.count).index_add(1, ids.flatten(), image.flatten(1).float())
             regions = (sums / ids.flatten().bincount(minlength=self.count))[:, ids].byte()
-            labels = [self.labels(kind, index) for kind in kinds]
-            labels.append(read_pair(self.pairs[index], self.data.lookup)[1])
+            labels = [self.labels(self.read(k, index)[None], ids.shape)[0] for k in kinds]
+            labels.append(self.truth(index))
             row = [cell.permute(1, 2, 0).numpy() for cell in (image, heat, regions)]
             row += [colorize(label.byte().numpy(), self.data.colors) for label in labels]
             strips.append(row)
         sheet(path, ["image", "activation", "superpixels", *kinds, "truth"], strips, self.data)
+
+
+class Stored(Dataset):
+    """Pictures with their maps of some kinds, by index."""
+
+    def __init__(self, maps: Maps, kinds: Sequence[str]):
+        self.maps, self.kinds = maps, kinds
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.maps.draw(index, self.kinds)
 
 
 # --- pixels and cells ---

@@ -32,7 +32,9 @@ TINY |= dict(net_steps=(1.0, 1.0, 1.0), eval_every=1, device="cpu")
 STAGES = ["seeds", "unary1", "region1", "pairwise1", "unary2"]  # of two steps each
 PROBS = {"cam", "unary1", "unary2", "refined1"}
 KINDS = PROBS | {"superpixels", "seeds", "majority1", "mined1", "labels1", "majority2"}
-ALONE = SimpleNamespace(rank=0, world=1, device="cpu", gather=lambda tensor: tensor)  # as a Run
+FLAGS = SimpleNamespace(batch_size=2, workers=0, seed=0)
+ALONE = dict(rank=0, world=1, device="cpu", cfg=FLAGS, loading=dict(pin_memory=False))  # as a Run
+ALONE = SimpleNamespace(**ALONE, gather=lambda tensor: tensor)
 NAMES = ["000", "001", "002", "004", "005"]  # 003 shows no class
 
 
@@ -209,7 +211,7 @@ def test_each_stage_learns_from_the_maps_of_those_before(
     majority, train_unary = ial.majority_labels, ial.train_unary
 
     def note_labels(labels, *args):
-        own.append(labels[0])
+        own.extend(labels)
         return majority(labels, *args)
 
     def note_weights(*args):
@@ -229,7 +231,7 @@ def test_each_stage_learns_from_the_maps_of_those_before(
         assert len(draws) == 4
         for picture, *given in draws:
             (index,) = (i for i in range(5) if torch.equal(pictures[i], picture))
-            expected = maps.draw(index, kinds)[1:]
+            expected = maps.draw(index, kinds)
             assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
     check(views["tag_view"], "tags")
@@ -255,7 +257,7 @@ def test_seeds_are_decided_superpixel_by_superpixel(data, tmp_path, monkeypatch)
     """Activation in the left half of the picture alone, 0.8 for one class and 1 for the other."""
 
     def halves(net, images, tags, scales):
-        maps = torch.zeros(1, 2, *images.shape[2:])
+        maps = torch.zeros(len(images), 2, *images.shape[2:])
         maps[..., : images.shape[3] // 2] = torch.tensor([0.8, 1.0]).view(1, 2, 1, 1)
         return maps * tags[:, :, None, None]
 
@@ -446,23 +448,39 @@ def test_pictures_and_maps_travel_to_other_processes(data, tmp_path):
 
 def test_each_process_has_its_share_of_the_continued_pictures(data, tmp_path):
     maps, waited = maps_of(tmp_path, data, stride=8), []
-    maps.write("labels", 1, torch.ones(37, 45, dtype=torch.long))
-    maps.write("labels", 3, torch.ones(37, 45, dtype=torch.long))
-    one = SimpleNamespace(rank=1, world=2, device="cpu", barrier=lambda: waited.append(1))
-    shares = list(maps.each(one, "labels"))
-    assert [index for index, *_ in shares] == [1, 3] and waited == [1]
-    for index, images, tags, labels in shares:
-        assert images.shape == (1, 3, 40, 48) and labels.shape == (1, 37, 45)
+    for index in range(5):
+        maps.write("superpixels", index, torch.full((37, 45), index))
+    one = SimpleNamespace(**vars(ALONE) | dict(rank=1, world=2, barrier=lambda: waited.append(1)))
+    ((indices, images, tags, segments),) = maps.each(one, "superpixels")
+    assert indices == [1, 3] and waited == [1]
+    assert images.shape == (2, 3, 40, 48) and segments.shape == (2, 37, 45)
+    for index, image, shown, segment in zip(indices, images, tags, segments, strict=True):
         expected = normalise(maps.image(index).float() / 255)
-        assert torch.equal(images[0, :, :37, :45], expected)
-        assert torch.equal(images[0, :, 39, :45], expected[:, 36])
-        assert torch.equal(tags[0], maps.tags[index])
+        assert torch.equal(image[:, :37, :45], expected)
+        assert torch.equal(image[:, 39, :45], expected[:, 36])
+        assert torch.equal(shown, maps.tags[index]) and (segment == index).all()
+
+
+def test_batches_hold_pictures_of_one_size(tmp_path):
+    """As many as in a step; a size's last batch is smaller where they do not come out even."""
+    root, rng = tagged_tree(tmp_path / "data", ("12",) * 7, height=32, width=40), np.random
+    for index in (1, 4, 6):
+        trees.save_picture(root / f"images/train/{index:03d}.png", rng.default_rng(0), 40, 32)
+        trees.save_mask(root / f"masks/train/{index:03d}.png", np.ones((40, 32)))
+    maps = maps_of(tmp_path / "run", root)
+    for index in range(7):
+        maps.write("superpixels", index, torch.zeros(maps.image(index).shape[1:]).long())
+    one = SimpleNamespace(**vars(ALONE), barrier=lambda: None)
+    batches = {tuple(indices): images.shape for indices, images, *_ in maps.each(one)}
+    wide, high = (2, 3, 32, 40), (2, 3, 40, 32)
+    assert batches == {(0, 2): wide, (3, 5): wide, (1, 4): high, (6,): (1, *high[1:])}
 
 
 def test_the_best_threshold_is_that_of_the_labels_it_gives(data, tmp_path):
     """Each level as a constant map of the background, scored one by one."""
     maps, levels = maps_of(tmp_path, data), (0.1, 0.3, 0.5, 0.7, 0.9)
     for index in range(5):
+        maps.write("superpixels", index, torch.zeros(37, 45).long())  # for the sizes
         probs = F.pad(torch.rand(2, 19, 23), (0, 0, 0, 0, 1, 0))
         maps.write("heat", index, probs)
         for level in levels:
@@ -485,6 +503,7 @@ def test_quality_counts_what_is_labelled_and_right(tmp_path):
         trees.save_mask(root / "masks/train" / f"{index:03d}.png", np.array(values))
     maps = maps_of(tmp_path / "run", root)
     for index, values in enumerate(labels):
+        maps.write("superpixels", index, torch.zeros(3, 4).long())  # for the sizes
         maps.write("labels", index, torch.tensor(values))
     ours = maps.quality(ALONE, "it", "labels")
     # Labelled: class 0 is right 3 + 7 times, taken for 1 once, for 2 once; class 1 is right once,
@@ -516,7 +535,8 @@ def test_panels_show_the_maps_of_some_pictures(whole, data, tmp_path, monkeypatc
             assert (abs(regions[segments == segment] - mean) < 1).all()
         with Image.open(data / "masks/train" / f"{maps.names[index]}.png") as mask:
             truth = np.array(mask)
-        kinds = [maps.labels(kind, index).numpy() for kind in ("seeds", "labels1", "unary2")]
+        kinds = [maps.read(kind, index)[None] for kind in ("seeds", "labels1", "unary2")]
+        kinds = [maps.labels(stored, (37, 45))[0].numpy() for stored in kinds]
         for cell, expected in zip(labels, [*kinds, truth], strict=True):
             assert (cell == palette[expected]).all()
     assert Path(whole[0] / "panels.png").is_file()

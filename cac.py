@@ -138,14 +138,15 @@ def info_nce(
 
     anchor, target (N, D), negatives (M, D) unit vectors; labels (N,), negative_labels (M,) -> (N,).
     """
-    positive = (anchor * target).sum(dim=1, keepdim=True)  # (N, 1)  cos(a, p)
-    negative = anchor @ negatives.T  # (N, M)  cos(a, n)
+    anchor = anchor / tau
+    positive = (anchor * target).sum(dim=1, keepdim=True)  # (N, 1)  cos(a, p) / τ
+    negative = anchor @ negatives.T  # (N, M)  cos(a, n) / τ
     # The target is among the negatives too where the crops disagree on its class, as in C.
     same = labels[:, None] == negative_labels  # M_n,1 = 0 there, Eq. (5)
-    cosines = torch.cat([positive, negative.masked_fill(same, -math.inf)], dim=1)
+    logits = torch.cat([positive, negative.masked_fill(same, -math.inf)], dim=1)
     # Δ C: exact. There 1e-8 in the denominator and in the logarithm cap the loss at 18.4, and make
     # it positive where there is no negative.
-    return -(cosines / tau).log_softmax(dim=1)[:, 0]
+    return -logits.log_softmax(dim=1)[:, 0]
 
 
 def active_anchors(
@@ -513,9 +514,11 @@ def train(cfg: Config) -> Result:
                 loss = loss_sup + cfg.lam * loss_dc  # L
             others = dict(loss_dc=loss_dc, **agreement(o1, o2, cfg.gamma))
 
-        optimizer.zero_grad()
-        loss.backward()
+        (loss / cfg.accum).backward()
+        if run.more_to_come:  # --accum: a step of several batches
+            continue
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
         run.log(step, loss_sup=loss_sup, **others)
         run.evaluate(step)

@@ -350,9 +350,11 @@ def train(cfg: Config) -> Result:
                 rise = min(1.0, (step + 1) / max(cfg.ramp * cfg.iters, 1))
                 loss = loss_sup + rise * lam * loss_unsup  # L, Eq. (5)
 
-        optimizer.zero_grad()
-        loss.backward()
+        (loss / cfg.accum).backward()
+        if run.more_to_come:  # --accum: a step of several batches
+            continue
         optimizer.step()
+        optimizer.zero_grad()  # now: what it frees, the next passes can use
         schedule.step()
         if averaged:
             ema_update(teachers[0], networks[0], cfg.ema_decay)

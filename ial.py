@@ -546,13 +546,17 @@ def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
 # for the log alone. What maps hold of classes that the tags exclude is 0.
 
 
-def descend(loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR, clip: float) -> None:
-    """One step down the loss."""
-    optimizer.zero_grad()
-    loss.backward()
+def descend(
+    run: Run, cfg: Config, loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR
+) -> None:
+    """One step down the loss, or down the mean of --accum batches' losses."""
+    (loss / cfg.accum).backward()
+    if run.more_to_come:
+        return
     # Δ P: [ours] clipped; one rate for all layers.
-    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
     optimizer.step()
+    optimizer.zero_grad()
     schedule.step()
 
 
@@ -579,7 +583,7 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
             scores = trained(images)  # (B, K, h, w)
         # Δ P: [cited: PSA] its loss.
         loss = F.multilabel_soft_margin_loss(scores.float().mean(dim=(2, 3)), tags.float())
-        descend(loss, optimizer, schedule, cfg.clip)
+        descend(run, cfg, loss, optimizer, schedule)
         run.log(step, loss_tags=loss)
     net.eval()
     run.average_buffers(net)
@@ -607,9 +611,10 @@ def train_unary(
         with run.autocast():
             logits = trained(images)  # (B, C, H, W)
         loss = cross_entropy(logits, labels)
-        descend(loss, optimizer, schedule, cfg.clip)
+        descend(run, cfg, loss, optimizer, schedule)
         run.log(step, loss_unary=loss)
-        if (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop:
+        look = (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop
+        if look and not run.more_to_come:
             run.average_buffers(unary)
             run.note(step, f"unary{t}", val=run.score(unary).nanmean().item())
     unary.eval()
@@ -645,7 +650,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         with run.autocast():
             logits = trained(images, cells, maps.count)  # (B, S, C)
         loss = region_loss(logits, majority)  # L_m
-        descend(loss, optimizer, schedule, cfg.clip)
+        descend(run, cfg, loss, optimizer, schedule)
         run.log(step, loss_region=loss)
     net.eval()
     run.average_buffers(net)
@@ -678,7 +683,8 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
         loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)
         cells = at_cells(segments, cfg.stride)
         smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule)
-        descend(loss_affinity + cfg.lam * smooth, optimizer, schedule, cfg.clip)  # L_α + λ L_s
+        loss = loss_affinity + cfg.lam * smooth  # L_α + λ L_s
+        descend(run, cfg, loss, optimizer, schedule)
         run.log(step, loss_affinity=loss_affinity, loss_smooth=smooth)
     net.eval()
     run.average_buffers(net)

@@ -370,7 +370,7 @@ def train(cfg: Config) -> Result:
     # Steps after which the other teacher follows: a pass over the unlabelled pictures.
     # Δ C: or a twelfth of λ's rise, where that is shorter. In C it is the same, for the rise takes
     # 12 passes; in a short run one teacher would rest from before the rise until its end.
-    turn = math.ceil(len(data.unlabeled) / run.world) // cfg.batch_size
+    turn = math.ceil(len(data.unlabeled) / run.world) // (cfg.batch_size * cfg.accum)
     rise = cfg.ramp * cfg.iters
     if rise:
         turn = min(turn, round(rise / 12))
@@ -414,10 +414,12 @@ def train(cfg: Config) -> Result:
             elif own:  # Δ C: each by itself, but from one batch; there, one after the other
                 loss = loss + sum(criterion(teacher(weak_l), labels_l) for teacher in teachers)
 
-        optimizer.zero_grad()
-        loss.backward()
+        (loss / cfg.accum).backward()
+        if run.more_to_come:  # --accum: a step of several batches
+            continue
         run.average_gradients(ensemble)  # those of `own`; the student's are averaged by its wrapper
         optimizer.step()
+        optimizer.zero_grad()
         if step >= warmup:
             schedule.step()
         if semi:

@@ -129,6 +129,8 @@ class ASPP(nn.Module):
         if self.training and len(high) == 1:
             raise ValueError("DeepLabV3Plus trains on batches of two pictures or more, got one")
         pooled = self.pooled(high.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *high.shape[-2:])
+        # Laid out as its neighbours are: else the concatenation would be in another layout.
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
         features = [branch(high) for branch in self.branches] + [pooled]
         return self.dropout(self.project(torch.cat(features, dim=1)))
 
@@ -160,6 +162,21 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> logits (B, K, H, W)."""
         return torch.stack([network(images) for network in self.networks]).mean(dim=0)
+
+
+class Together(nn.Module):
+    """Several models in one pass, each network of which runs once, whichever models it is in."""
+
+    def __init__(self, models: Sequence[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> logits (M, B, K, H, W), of an Ensemble the mean."""
+        members = [m.networks if isinstance(m, Ensemble) else [m] for m in self.models]
+        networks = dict.fromkeys(network for one in members for network in one)  # each once
+        logits = {network: network(images) for network in networks}
+        return torch.stack([torch.stack([logits[n] for n in m]).mean(dim=0) for m in members])
 
 
 def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:

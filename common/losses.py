@@ -36,7 +36,9 @@ def ohem_cross_entropy(
     p = torch.where(valid, torch.exp(-losses.detach()), 1.0)
     rank = min(min_kept, p.numel())
     if rank > 0:
-        threshold = p.flatten().kthvalue(rank).values.clamp(min=threshold)
+        # `kthvalue` would do, but on a GPU takes a single block for all of them.
+        lowest = p.flatten().topk(rank, largest=False, sorted=False).values
+        threshold = lowest.amax().clamp(min=threshold)
     kept = valid & (p <= threshold)
     return torch.where(kept, losses, 0.0).sum() / kept.sum().clamp(min=1)
 

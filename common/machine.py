@@ -38,6 +38,8 @@ def find_device(name: str) -> torch.device:
             raise InputError(f"--device {name}: the GPUs are cuda:0 to cuda:{count - 1}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        # TF32, as in convolutions, for the products of matrices that stay in float32: CAC's loss.
+        torch.set_float32_matmul_precision("high")
     return device
 
 
@@ -71,7 +73,11 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     SyncBatchNorm refuses CPU tensors: on CPUs each process keeps its own statistics until
     `average_buffers`.
     """
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device)
+    for conv in (module for module in network.modules() if isinstance(module, nn.Conv2d)):
+        # On a CPU a dilated one stays as it is: common.deeplab.DilatedConv says why.
+        if device.type != "cpu" or conv.dilation == (1, 1):
+            conv.to(memory_format=torch.channels_last)
     if dist.is_initialized() and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network

@@ -98,11 +98,12 @@ class Maps:
         return sizes
 
     def loader(self, run: Run, steps: range, view: Callable, *kinds: str) -> DataLoader:
-        """A batch for each step: view(picture, its maps of these kinds) of random pictures."""
+        """Batches for the steps: view(picture, its maps of these kinds) of random pictures."""
         batch_size, seed = run.cfg.batch_size, (run.cfg.seed, 2, steps.start)
         read = partial(self.draw, kinds=("image", *kinds))
         draws = Draws(range(len(self.names)), read, view, seed, batch_size * run.world)
-        return draws_loader(draws, batch_size, range(len(steps)), **run.loading)
+        batches = range(len(steps) * run.cfg.accum)
+        return draws_loader(draws, batch_size, batches, **run.loading)
 
     def share(self, run: Run) -> range:
         """This process's share of the pictures."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import machine
 from common.augment import whole_view
 from common.data import Data, View, check, load, training_loader, val_loader
-from common.deeplab import Ensemble
+from common.deeplab import Ensemble, Together
 from common.flags import InputError, LoneError, RunConfig, SemiConfig, check_config, parse_config
 from common.metrics import evaluate, iou
 from common.outputs import (
@@ -85,6 +85,7 @@ class Run:
         self.cfg, self.total = cfg, total or cfg.iters
         self.device = machine.find_device(cfg.device)
         self.rank, self.world = machine.join_processes(self.device)
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         # Before Ampere (8.0) GPUs emulate bf16, which is slower than float32.
         cuda = self.device.type == "cuda"
         fast = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
@@ -130,13 +131,14 @@ class Run:
         machine.in_all_processes(self._open)
 
     def batches(self, split: str, view: View, begin: int = 0) -> Iterator[list[Tensor]]:
-        """A batch of views for each step left, from step `begin` on: common.data.training_loader.
+        """Batches of views for the steps left, from step `begin` on: common.data.training_loader.
 
         split is "labeled" or "unlabeled". The loader and its processes start with the first batch.
         """
-        steps = range(max(self.first - begin, 0), self.total - begin)
-        how = dict(batch_size=self.cfg.batch_size, steps=steps, seed=self.cfg.seed, **self.loading)
-        loader = training_loader(self.data, split, view, **how)
+        first, last = max(self.first - begin, 0), self.total - begin
+        numbers = range(first * self.cfg.accum, last * self.cfg.accum)
+        how = dict(batch_size=self.cfg.batch_size, seed=self.cfg.seed, **self.loading)
+        loader = training_loader(self.data, split, view, steps=numbers, **how)
 
         def started_late() -> Iterator[list[Tensor]]:
             yield from loader
@@ -169,14 +171,17 @@ class Run:
     def loop(self, steps: range | None = None) -> Iterator[int]:
         """The steps left, or a stage's, with a bar on a terminal.
 
-        Each seeds torch by seed, step and process.
+        With --accum N each comes N times, for as many batches; until the last, `more_to_come`.
+        Each time torch is seeded by seed, step and process.
         """
         steps = range(self.first, self.total) if steps is None else steps
         on_terminal = self.rank == 0 and sys.stderr.isatty()
         self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=not on_terminal)
         for step in self.bar:
-            self.seed(step)
-            yield step
+            for number in range(accum := self.cfg.accum):
+                self.more_to_come = number + 1 < accum
+                self.seed(step * accum + number)
+                yield step
 
     def seed(self, step: int) -> None:
         """Seed torch by --seed, a step and the process."""
@@ -189,7 +194,7 @@ class Run:
         not finite.
         """
         every = max(min(50, self.total // 20), 1)
-        if self.rank or ((step + 1) % every and not self.due(step)):
+        if self.rank or self.more_to_come or ((step + 1) % every and not self.due(step)):
             return
         values = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -214,15 +219,23 @@ class Run:
             for part in self.state.values():
                 if isinstance(part, nn.Module):
                     self.average_buffers(part)
-            beside = {name: self.score(network) for name, network in others.items()}
-            self.record(step, self.score(self.model), **beside)
+            models = [self.model, *others.values()]
+            ious = self.score(Together(models)) if others else self.score(self.model)[None]
+            self.record(step, ious[0], **dict(zip(others, ious[1:], strict=True)))
 
     def score(self, network: nn.Module) -> Tensor:
-        """IoU by class (K,) on the validation pictures, whole or in --eval-window's windows."""
+        """IoU by class (K,) on the validation pictures, whole or in --eval-window's windows.
+
+        (M, K) for several networks, `Together`.
+        """
         side = self.cfg.eval_window
         window = (side, math.ceil(side * 2 / 3)) if side else None
+        # cuDNN tries its ways for each new size of a tensor, which pays for training's alone.
+        torch.backends.cudnn.benchmark = False
         with self.autocast():
-            return iou(evaluate(network, self.val, len(self.data.classes), self.device, window))
+            found = evaluate(network, self.val, len(self.data.classes), self.device, window)
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        return iou(found)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -237,7 +250,7 @@ class Run:
         when weights are not finite: no checkpoint is written then.
         """
         weights = (weight for network in self.networks for weight in network.parameters())
-        if not all(weight.isfinite().all() for weight in weights):
+        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._diverged("a weight is not finite", step)
         self.miou, done = ious.nanmean().item(), step + 1
         by_class = [None if math.isnan(value) else value for value in ious.tolist()]

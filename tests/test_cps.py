@@ -245,3 +245,30 @@ def test_lambda_rises_over_its_share_of_the_steps(model, tmp_path, power_cut):
     rising, low, high = ([s[f"{k}.classifier.weight"] for k in range(2)] for s in saved)
     assert torch.equal(rising[0], low[0]) and not torch.equal(low[0], high[0])
     assert not torch.allclose(*rising, atol=1e-2)
+
+
+def test_a_steps_gradient_is_the_mean_over_its_batches(few, light, tmp_path, monkeypatch):
+    """With --accum 3: of the supervised loss of each batch."""
+    build, update, weights, grads = cps.sgd_poly, torch.optim.SGD.step, [], []
+
+    def note_weights(networks, *args):
+        weights.extend(p for network in networks for p in network.parameters())
+        return build(networks, *args)
+
+    def criterion(logits, labels):
+        loss = cps.cross_entropy(logits, labels)
+        grads.append(torch.autograd.grad(loss, weights, retain_graph=True))
+        return loss
+
+    def compare(optimizer, *args):
+        for weight, *parts in zip(weights, *grads, strict=True):
+            torch.testing.assert_close(weight.grad, sum(parts) / 3, rtol=1e-4, atol=1e-6)
+        assert len(grads) == 3
+        grads.clear()
+        return update(optimizer, *args)
+
+    monkeypatch.setattr(cps, "sgd_poly", note_weights)
+    monkeypatch.setattr(cps, "supervised_criterion", lambda *_: criterion)
+    monkeypatch.setattr(torch.optim.SGD, "step", compare)
+    cps.train(cps.Config(accum=3, supervised_only=True, output_dir=str(tmp_path), **SEMI))
+    assert weights and not grads

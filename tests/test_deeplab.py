@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from common.deeplab import DeepLabV3Plus, Ensemble
+from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble, Together
 from common.run import InputError
 
 DROPOUT = dict(aspp_dropout=0.5, decoder_dropout=0.4, classifier_dropout=0.1)
@@ -194,3 +194,36 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     message = refusal("IMAGENET1K_V1")
     assert "resnet18-f37072fd.pth" in message and "give its path" in message
+
+
+def test_together_every_network_runs_once():
+    nets, runs = [small().eval() for _ in range(3)], []
+    for net in nets:
+        net.register_forward_hook(lambda net, *_: runs.append(net))
+    ours = Together([Ensemble(nets[:2]), nets[2], nets[0]])(x := images())
+    assert runs == [nets[0], nets[1], nets[2]]
+    expected = [(nets[0](x) + nets[1](x)) / 2, nets[2](x), nets[0](x)]
+    torch.testing.assert_close(ours, torch.stack(expected))
+
+
+@pytest.mark.parametrize("size, dilation", [((3, 3), 3), ((3, 4), 3), ((2, 5), 6), ((40, 31), 2)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_dilated_convolution_is_torchs_own(size, dilation, layout):
+    """Values and gradients, on maps below and above the dilation, few pixels and many."""
+    options = dict(padding=dilation, dilation=dilation, bias=False, dtype=torch.float64)
+    plain, ours = nn.Conv2d(5, 4, 3, **options), DilatedConv(5, 4, 3, **options)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 5, *size, dtype=torch.float64).to(memory_format=layout)
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = torch.randn(2, 4, *size, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+    for conv, given in ((plain, x1), (ours, x2)):
+        (conv(given) * weights).sum().backward()
+    torch.testing.assert_close(x1.grad, x2.grad)
+    torch.testing.assert_close(plain.weight.grad, ours.weight.grad)
+
+
+def test_all_dilated_convolutions_of_a_network_are_of_that_kind():
+    dilated = [m for m in small().modules() if isinstance(m, nn.Conv2d) and m.dilation != (1, 1)]
+    assert len(dilated) == 4 + 3 and all(type(conv) is DilatedConv for conv in dilated)

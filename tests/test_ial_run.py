@@ -32,7 +32,7 @@ TINY |= dict(net_steps=(1.0, 1.0, 1.0), eval_every=1, device="cpu")
 STAGES = ["seeds", "unary1", "region1", "pairwise1", "unary2"]  # of two steps each
 PROBS = {"cam", "unary1", "unary2", "refined1"}
 KINDS = PROBS | {"superpixels", "seeds", "majority1", "mined1", "labels1", "majority2"}
-FLAGS = SimpleNamespace(batch_size=2, workers=0, seed=0)
+FLAGS = SimpleNamespace(batch_size=2, accum=1, workers=0, seed=0)
 ALONE = dict(rank=0, world=1, device="cpu", cfg=FLAGS, loading=dict(pin_memory=False))  # as a Run
 ALONE = SimpleNamespace(**ALONE, gather=lambda tensor: tensor)
 NAMES = ["000", "001", "002", "004", "005"]  # 003 shows no class
@@ -439,7 +439,7 @@ def test_pictures_and_maps_travel_to_other_processes(data, tmp_path):
     maps = maps_of(tmp_path, data)
     for index in range(5):
         maps.write("labels", index, torch.full((37, 45), index))
-    cfg, loading = SimpleNamespace(batch_size=2, seed=0), dict(rank=0, world=1, workers=0)
+    cfg, loading = SimpleNamespace(batch_size=2, accum=1, seed=0), dict(rank=0, world=1, workers=0)
     lone = SimpleNamespace(cfg=cfg, world=1, loading=loading)
     draws = maps.loader(lone, range(2), partial(ial.crop_view, 32, 2), "labels").dataset
     for one, other in zip(draws[7], pickle.loads(pickle.dumps(draws))[7], strict=True):

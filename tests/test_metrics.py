@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.deeplab import Together
 from common.metrics import confusion_matrix, evaluate, iou, mean_iou, slide, window_starts
 
 K = 4
@@ -91,6 +92,15 @@ def test_evaluate_sums_over_pictures_of_any_size(window):
     with torch.no_grad():
         expected = sum(confusion_matrix(model(x).argmax(1), y, K) for x, y in loader)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("window", [None, (16, 11)])
+def test_several_models_are_scored_at_once(window):
+    models, loader = [Pixelwise(), Pixelwise()], pictures()
+    ours = evaluate(Together(models), loader, K, "cpu", window)
+    expected = torch.stack([evaluate(model, loader, K, "cpu", window) for model in models])
+    assert torch.equal(ours, expected) and not torch.equal(*ours)
+    assert torch.equal(iou(ours).nan_to_num(2), torch.stack([*map(iou, ours)]).nan_to_num(2))
 
 
 def test_evaluate_leaves_every_module_in_its_mode_and_its_statistics_alone():

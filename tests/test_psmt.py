@@ -496,10 +496,11 @@ def test_the_result_is_the_mean_of_the_teachers_and_all_are_scored(
     result = psmt.train(psmt.Config(output_dir=str(tmp_path / "run"), **SEMI))
     networks = starts[0].kwargs["networks"]
     assert list(result.model.networks) == [networks["teacher1"], networks["teacher2"]]
-    scored = {id(c.args[1]): c.result.nanmean().item() for c in scores}
-    assert isinstance(result.model, Ensemble) and result.miou == scored[id(result.model)]
+    assert isinstance(result.model, Ensemble) and len(scores) == 1
+    run, scored = scores[0].args[0], result.history[-1]
     for name in ("student", "teacher1", "teacher2"):
-        assert result.history[-1][name] == scored[id(networks[name])]
+        assert scored[name] == run.score(networks[name]).nanmean().item()
+    assert scored["miou"] == result.miou == run.score(result.model).nanmean().item()
 
 
 # --- recipes ---

@@ -78,7 +78,7 @@ STOPPED = [  # runs that are cut a step after a checkpoint: in a warm-up or a st
     ("cps", dict(iters=4, supervision="mean_teacher"), (3,)),
     ("psmt", dict(iters=6, warmup=0.5), (3, 5)),
     ("psmt", dict(iters=6, warmup=0.5, teachers="copy"), (3, 5)),
-    ("cac", dict(iters=6, warmup=0.5, bank=2), (3, 5)),
+    ("cac", dict(iters=6, warmup=0.5, bank=2, accum=2), (3, 5)),
     ("ial", dict(), (1, 5, 7)),
 ]
 ARTEFACTS = {"config.json", "log.jsonl", "last.pt", "best.pt", "panels.png", "iou.txt"}
@@ -176,6 +176,33 @@ def test_recipes_train_on_tiny_trees(name, dataset, light, tmp_path):
         flags |= dict(net="small", background=BACKGROUND.get(dataset, ""))
     result = train(name, tmp_path / "run", data_path=str(tree(tmp_path / "data")), **flags)
     assert math.isfinite(result.miou) and len(result.history[-1]["iou"]) == classes
+
+
+@every_script
+def test_a_step_may_have_several_batches(name, few, light, tmp_path, monkeypatch):
+    """As many backward passes; one update, one move of the rate, one line of the log."""
+    passes, updates = [], []
+    backward, update = torch.Tensor.backward, torch.optim.SGD.step
+
+    def note_backward(loss):
+        backward(loss)
+        passes.append(loss.item())
+
+    def note_update(optimizer, *args):
+        updates.append((len(passes), optimizer.param_groups[0]["lr"]))
+        return update(optimizer, *args)
+
+    monkeypatch.setattr(torch.Tensor, "backward", note_backward)
+    monkeypatch.setattr(torch.optim.SGD, "step", note_update)
+    seen = {}
+    for accum in (1, 3):
+        passes.clear(), updates.clear()
+        train(name, tmp_path / str(accum), accum=accum)
+        log = [json.loads(line) for line in (tmp_path / str(accum) / "log.jsonl").open()]
+        assert len(set(passes)) == len(passes)  # all batches differ
+        assert [done for done, _ in updates] == list(range(accum, len(passes) + 1, accum))
+        seen[accum] = [rate for _, rate in updates], [line["step"] for line in log]
+    assert seen[1] == seen[3]
 
 
 # --- resuming, several processes ---

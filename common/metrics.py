@@ -44,7 +44,8 @@ def evaluate(
 ) -> Tensor:
     """Confusion matrix (K, K) of the model over a loader, on the device.
 
-    Of a model whose logits are those of several, (M, B, K, H, W): (M, K, K). The loader gives images (B, 3, H, W), normalised, and labels (B, H, W) at the pictures' own
+    Of a model whose logits are those of several, (M, B, K, H, W): (M, K, K).
+    The loader gives images (B, 3, H, W), normalised, and labels (B, H, W) at the pictures' own
     size. window: None for whole pictures, or (crop, stride) in pixels for sliding windows, whose
     logits are summed. Each process gives its own share of the pictures; all get the sum. The
     model is in eval mode meanwhile, and each of its modules in its former mode afterwards.

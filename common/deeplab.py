@@ -79,9 +79,12 @@ class DeepLabV3Plus(nn.Module):
         stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))
         low = net.layer1(stem)  # (B, 64 or 256, H/4, W/4)
         high = net.layer4(net.layer3(net.layer2(low)))  # (B, 512 or 2048, H/16, W/16)
-        high = F.interpolate(
-            self.aspp(high), low.shape[-2:], mode="bilinear", align_corners=False
-        )  # (B, width, H/4, W/4)
+        high = self.aspp(high)
+        # A GPU's autocast would enlarge in float32, and concatenate in it, for the decoder's bf16.
+        with torch.autocast(images.device.type, enabled=False):
+            size = low.shape[-2:]
+            high = F.interpolate(high, size, mode="bilinear", align_corners=False)
+        # (B, width, H/4, W/4) beside (B, 48, H/4, W/4)
         return torch.cat([high, self.reduce_low(low)], dim=1)
 
     def decode(self, encoded: Tensor) -> Tensor:

@@ -147,6 +147,8 @@ class Run:
 
     def to_device(self, batch: list[Tensor]) -> list[Tensor]:
         """A loader's batch on the device, pictures (B, 3, H, W) in channels-last memory."""
+        if self.device.type == "cuda":  # from other memory the copy would be waited for
+            batch = [t.pin_memory() for t in batch]
         return [
             t.to(
                 self.device,

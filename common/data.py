@@ -27,6 +27,7 @@ from common.layouts import (
     Data,
     Pair,
     find_pictures,
+    mask_size,
     read_image,
     read_lines,
     read_mask,
@@ -322,17 +323,32 @@ def val_loader(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    pixels: int = 2**16,
 ) -> DataLoader:
-    """The validation pictures, in order; each process has every world-th, none comes twice.
+    """The validation pictures; each process has every world-th, none comes twice.
 
-    They come one by one, for their sizes differ; drawn pictures, all of one size, by tens.
+    Batches are `of_one_size`, of at most `pixels` pixels.
     """
-    share = Pictures(data.val[rank::world], data.lookup, view)
-    drawn = data.val[0][0].startswith(DRAWN)
+    pairs = data.val[rank::world]
+    sizes = {index: mask_size(mask) for index, (_, mask) in enumerate(pairs)}
     return DataLoader(
-        share,
-        batch_size=10 if drawn else 1,
+        Pictures(pairs, data.lookup, view),
+        batch_sampler=of_one_size(sizes, pixels),
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
+
+
+def of_one_size(sizes: dict[int, tuple[int, int]], pixels: int) -> list[list[int]]:
+    """Batches of pictures of one size, of at most so many pixels, or of a single picture.
+
+    sizes: by a picture's index, its height and width.
+    """
+    groups, batches = {}, []
+    for index, size in sizes.items():
+        groups.setdefault(size, []).append(index)
+    for (height, width), group in groups.items():
+        count = max(pixels // (height * width), 1)
+        batches += [group[start : start + count] for start in range(0, len(group), count)]
+    return batches

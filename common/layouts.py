@@ -238,6 +238,14 @@ def read_mask(path: str) -> np.ndarray:
     return np.array(mask).astype(np.uint8)
 
 
+def mask_size(path: str) -> tuple[int, int]:
+    """Height and width of a mask, of which no more than the header is read."""
+    if path.startswith(DRAWN):
+        return shapes.SIZE, shapes.SIZE
+    with Image.open(path) as mask:
+        return mask.size[::-1]
+
+
 def _open(path: str, kind: str) -> Image.Image:
     try:
         image = Image.open(path)

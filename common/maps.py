@@ -1,6 +1,6 @@
 """Maps of a run's training pictures: files that each stage of IAL leaves for the next."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.augment import normalise
-from common.data import Draws, draws_loader, read_pair
+from common.data import Draws, draws_loader, of_one_size, read_pair
 from common.flags import LoneError
-from common.layouts import Data
+from common.layouts import Data, mask_size
 from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
 from common.panels import colorize, sheet
@@ -90,12 +90,8 @@ class Maps:
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """Width and height of each picture: of its superpixels, which do not depend on EXIF."""
-        sizes = []
-        for name in self.names:
-            with Image.open(f"{self.folder / 'superpixels' / name}.png") as png:
-                sizes.append(png.size)
-        return sizes
+        """Height and width of each picture: of its superpixels, for a picture may be turned."""
+        return [mask_size(f"{self.folder / 'superpixels' / name}.png") for name in self.names]
 
     def loader(self, run: Run, steps: range, view: Callable, *kinds: str) -> DataLoader:
         """Batches for the steps: view(picture, its maps of these kinds) of random pictures."""
@@ -116,7 +112,7 @@ class Maps:
         multiples of the stride, their tags (B, K), and their maps of these kinds. The first to ask
         for them has to wait until all superpixels, which tell the sizes, are there.
         """
-        batches = self._of_one_size(self.share(run), run.cfg.batch_size)
+        batches = self.batches(run, self.share(run))
         for indices, images, *others in self.read_ahead(run, batches, "image", "tags", *kinds):
             yield indices, normalise(pad(images, self.stride).float() / 255), *others
         run.barrier()
@@ -132,12 +128,9 @@ class Maps:
         for indices, tensors in zip(batches, loader, strict=True):
             yield indices, *(tensor.to(run.device, non_blocking=True) for tensor in tensors)
 
-    def _of_one_size(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
-        groups = {}
-        for index in indices:
-            groups.setdefault(self.sizes[index], []).append(index)
-        starts = [(g, i) for g in groups.values() for i in range(0, len(g), batch_size)]
-        return [group[start : start + batch_size] for group, start in starts]
+    def batches(self, run: Run, indices: Iterable[int]) -> list[list[int]]:
+        """Batches of pictures of one size."""
+        return of_one_size({index: self.sizes[index] for index in indices}, run.pixels)
 
     def quality(self, run: Run, name: str, kind: str) -> dict[str, float]:
         """How the labels of a kind, 255 unknown, compare with the masks; NaN without masks.
@@ -181,8 +174,8 @@ class Maps:
         """Pixels (count, C, C + 1) in `count` labellings: rows truth, the last column unknown."""
         classes = self.num_classes + 1
         counts = torch.zeros(count, classes, classes, dtype=torch.int64, device=run.device)
-        known = [index for index in self.share(run) if self.pairs[index][1] is not None]
-        batches = self._of_one_size(known, run.cfg.batch_size)
+        known = (index for index in self.share(run) if self.pairs[index][1] is not None)
+        batches = self.batches(run, known)
         for _, stored, truth in self.read_ahead(run, batches, kind, "truth"):
             labellings = labels_of(stored, truth.shape[1:])
             for confusion, labels in zip(counts, labellings, strict=True):

@@ -93,6 +93,8 @@ class Run:
         self.loading = dict(  # the loaders' arguments that depend on the machine
             rank=self.rank, world=self.world, workers=cfg.workers, pin_memory=cuda
         )
+        # Of whole pictures as many pixels at once as in a training batch, which are sure to fit.
+        self.pixels = max(cfg.batch_size * cfg.crop_size**2, 2**16)
         self.folder = machine.in_all_processes(lambda: choose_folder(script, cfg))
         torch.manual_seed(cfg.seed)
 
@@ -126,7 +128,7 @@ class Run:
         check(data, self.rank, self.world)
         self.data, self.networks, self.state = data, model, state
         self.model = model[0] if len(model) == 1 else Ensemble(model)
-        self.val = val_loader(data, whole_view, **self.loading)
+        self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
         self.started = time.time()
         machine.in_all_processes(self._open)
 

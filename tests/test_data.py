@@ -626,7 +626,7 @@ def test_validation_shares_cover_each_picture_once():
     assert [len(share) for share in shares] == [3, 2, 2] and len(set(whole)) == 7
     assert sorted(sum(shares, [])) == sorted(whole)
     assert means(workers=1) == whole
-    assert len(next(iter(val_loader(data, whole_view)))[0]) == 7  # drawn pictures come by tens
+    assert len(next(iter(val_loader(data, whole_view)))[0]) == 7
     data.val = data.val[:2]  # fewer pictures than processes: the last has nothing to do
     assert means(2, 3) == []
 
@@ -635,8 +635,9 @@ def test_validation_sees_whole_pictures(root):
     trees.save_picture(root / "images/val/001.jpg", np.random.default_rng(1), 40, 56)
     mask = trees.blobs(np.random.default_rng(1), 3, 40, 56)
     trees.save_mask(root / "masks/val/001.png", mask)
-    (first, _), (image, label), (last, _) = val_loader(loaded(root), whole_view)
-    assert image.shape == (1, 3, 40, 56) and first.shape == last.shape == (1, 3, 48, 64)
+    (others, _), (image, label) = val_loader(loaded(root), whole_view)
+    assert image.shape == (1, 3, 40, 56) and others.shape == (2, 3, 48, 64)
+    assert [len(b) for b, _ in val_loader(loaded(root), whole_view, pixels=6143)] == [1, 1, 1]
     assert label.dtype == torch.int64 and (label[0].numpy() == mask).all()
 
 

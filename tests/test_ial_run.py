@@ -33,7 +33,9 @@ STAGES = ["seeds", "unary1", "region1", "pairwise1", "unary2"]  # of two steps e
 PROBS = {"cam", "unary1", "unary2", "refined1"}
 KINDS = PROBS | {"superpixels", "seeds", "majority1", "mined1", "labels1", "majority2"}
 FLAGS = SimpleNamespace(batch_size=2, accum=1, workers=0, seed=0)
-ALONE = dict(rank=0, world=1, device="cpu", cfg=FLAGS, loading=dict(pin_memory=False))  # as a Run
+ALONE = dict(
+    rank=0, world=1, device="cpu", pixels=4000, cfg=FLAGS, loading=dict(pin_memory=False)
+)  # as a Run
 ALONE = SimpleNamespace(**ALONE, gather=lambda tensor: tensor)
 NAMES = ["000", "001", "002", "004", "005"]  # 003 shows no class
 
@@ -462,7 +464,7 @@ def test_each_process_has_its_share_of_the_continued_pictures(data, tmp_path):
 
 
 def test_batches_hold_pictures_of_one_size(tmp_path):
-    """As many as in a step; a size's last batch is smaller where they do not come out even."""
+    """Of at most 4000 pixels, or of a single picture, however large."""
     root, rng = tagged_tree(tmp_path / "data", ("12",) * 7, height=32, width=40), np.random
     for index in (1, 4, 6):
         trees.save_picture(root / f"images/train/{index:03d}.png", rng.default_rng(0), 40, 32)
@@ -472,8 +474,10 @@ def test_batches_hold_pictures_of_one_size(tmp_path):
         maps.write("superpixels", index, torch.zeros(maps.image(index).shape[1:]).long())
     one = SimpleNamespace(**vars(ALONE), barrier=lambda: None)
     batches = {tuple(indices): images.shape for indices, images, *_ in maps.each(one)}
-    wide, high = (2, 3, 32, 40), (2, 3, 40, 32)
-    assert batches == {(0, 2): wide, (3, 5): wide, (1, 4): high, (6,): (1, *high[1:])}
+    wide, high = (3, 3, 32, 40), (3, 3, 40, 32)
+    assert batches == {(0, 2, 3): wide, (5,): (1, *wide[1:]), (1, 4, 6): high}
+    one.pixels = 100
+    assert [indices for indices, *_ in maps.each(one)] == [[0], [2], [3], [5], [1], [4], [6]]
 
 
 def test_the_best_threshold_is_that_of_the_labels_it_gives(data, tmp_path):

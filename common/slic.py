@@ -47,22 +47,38 @@ def slic(
         raise ValueError(f'color is "lab" or "rgb", not {color!r}')
     batch, _, height, width = images.shape
     rows, columns = grid_shape(segments, height, width)
+    cells = rows * columns
     down, across = (torch.arange(length, device=images.device) for length in (height, width))
-    row, column = down * rows // height, across * columns // width  # (H,), (W,)  a pixel's cell
-    home = row[:, None] * columns + column  # (H, W)
 
-    scale = compactness * (rows * columns / (height * width)) ** 0.5
+    scale = compactness * (cells / (height * width)) ** 0.5
     place = scale * torch.stack(torch.meshgrid(down, across, indexing="ij"))  # (2, H, W)
     colour = to_lab(images.float()) if color == "lab" else 100 * images.float()
     features = torch.cat([colour, place.expand(batch, -1, -1, -1)], dim=1)  # (B, 5, H, W)
-    whole = (UNITS * features).round()
-    features = whole / UNITS
     # A sixth channel of ones counts the pixels.
-    whole = F.pad(whole.long().flatten(2), (0, 0, 0, 1), value=1)  # (B, 6, HW)
+    features = F.pad((UNITS * features).round().flatten(2), (0, 0, 0, 1), value=1)  # (B, 6, HW)
 
-    labels, centres = home.repeat(batch, 1, 1), 0.0
+    # The order in memory: the first pixel of each cell, the second of each, ..., P in the largest
+    # cell. Smaller ones end in zeros, which count as no pixel. Centres then lie side by side just
+    # as pixels do, and sums of different segments grow in turn: a CPU does both quickly.
+    tall, wide = math.ceil(height / rows), math.ceil(width / columns)  # P = tall x wide
+    cell = (down * rows // height)[:, None] * columns + across * columns // width  # (H, W)
+    within = (down * rows % height // rows)[:, None] * wide + across * columns % width // columns
+    slot = within * cells + cell  # (H, W)
+    whole = features.new_zeros(batch, 6, tall * wide * cells)
+    whole.scatter_(2, slot.flatten().expand_as(features), features)
+    features = (whole[:, :5] / UNITS).unflatten(2, (-1, cells))  # (B, 5, P, cells)
+    whole = whole.long()
+
+    home = torch.arange(cells, device=images.device)
+    labels, centres = home.repeat(batch, tall * wide, 1), 0.0  # (B, P, cells)
+    # From a cell's id to the nine around it, in rising order; less `far`, all are negative.
+    far = 3 * columns
+    steps = [dy * columns + dx - far for dy, dx in product((-1, 0, 1), repeat=2)]
+    steps = torch.tensor(steps, dtype=torch.float, device=images.device)[:, None, None]
+    # A few pixels of each cell at a time: their distances fit a CPU's caches, or keep a GPU busy.
+    few = (2**14 if images.device.type == "cpu" else 2**20) // (batch * cells) or 1
     for _ in range(iterations):
-        sums = whole.new_zeros(batch, 6, rows * columns)
+        sums = whole.new_zeros(batch, 6, cells)
         sums.scatter_add_(2, labels.flatten(1)[:, None].expand_as(whole), whole)
         sums, sizes = sums.split((5, 1), dim=1)
         means = sums / (UNITS * sizes.clamp(min=1))
@@ -70,20 +86,15 @@ def slic(
 
         # Beyond the grid's border the centres are infinitely far away.
         around = F.pad(centres.unflatten(2, (rows, columns)), (1, 1, 1, 1), value=torch.inf)
-        nearest = torch.full((batch, height, width), torch.inf, device=images.device)
-        choice = torch.zeros_like(nearest, dtype=torch.uint8)
-        # One candidate at a time, in place: nine maps of distances would be nine times the memory.
-        for index, (dy, dx) in enumerate(product(range(3), repeat=2)):
-            candidate = around[:, :, dy : dy + rows, dx : dx + columns]
-            offsets = candidate.index_select(3, column).index_select(2, row)  # (B, 5, H, W)
-            distance, *others = offsets.sub_(features).square_().unbind(1)
+        around = F.unfold(around, 3).view(batch, 5, 9, 1, cells)
+        for label, feature in zip(labels.split(few, 1), features.split(few, 2), strict=True):
+            distance, *others = (feature[:, :, None] - around).square_().unbind(1)
             for other in others:
-                distance += other
-            choice.masked_fill_(distance < nearest, index)
-            torch.minimum(nearest, distance, out=nearest)
-        choice = choice.long()
-        labels = home + (choice // 3 - 1) * columns + choice % 3 - 1
-    return labels
+                distance += other  # (B, 9, few, cells)
+            # The first of the nearest; in place and in floats, for masks of bools are slower.
+            nearest = distance.eq_(distance.amin(dim=1, keepdim=True))
+            label.copy_(nearest.mul_(steps).amin(dim=1)).add_(home + far)
+    return labels.flatten(1)[:, slot]
 
 
 def to_lab(images: Tensor) -> Tensor:

@@ -652,11 +652,12 @@ def test_ids_are_below_the_number_of_cells_and_do_not_cross_strong_edges(color):
         ids = slic(blobs(2, *size), 30, color=color)
         assert ids.shape == (2, *size) and ids.dtype == torch.int64 and len(ids.unique()) > 5
         assert ids.min() >= 0 and ids.max() < math.prod(grid_shape(30, *size))
-    image = torch.zeros(1, 3, 40, 44)
-    image[:, 0, :17], image[:, 1, :, :23], image[:, 2] = 1, 1, 0.3
-    block = (torch.arange(40)[:, None] < 17) * 2 + (torch.arange(44) < 23)
-    ids = slic(image, 20, color=color)[0]
-    assert all(len(block[ids == s].unique()) == 1 for s in ids.unique())
+    for zoom in (1, 4):  # pixels of the large picture are labelled in two lots
+        image = torch.zeros(1, 3, 40 * zoom, 44 * zoom)
+        image[:, 0, : 17 * zoom], image[:, 1, :, : 23 * zoom], image[:, 2] = 1, 1, 0.3
+        block = image[0, 0] * 2 + image[0, 1]
+        ids = slic(image, 20, color=color)[0]
+        assert all(len(block[ids == s].unique()) == 1 for s in ids.unique())
 
 
 @pytest.mark.parametrize("size", [(40, 40), (31, 47)])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.augment import normalise
 from common.data import Draws, draws_loader, of_one_size, read_pair
 from common.flags import LoneError
-from common.layouts import Data, mask_size
+from common.layouts import Data
 from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
 from common.panels import colorize, sheet
@@ -83,15 +83,16 @@ class Maps:
         other = dict(image=self.image, tags=self.tags.__getitem__, truth=self.truth)
         return [other[kind](index) if kind in other else self.read(kind, index) for kind in kinds]
 
-    @cached_property
+    @property
     def count(self) -> int:
         """S: more than any superpixel's id in any picture."""
-        return 1 + max(int(self.read("superpixels", i).max()) for i in range(len(self.names)))
+        return 1 + max(largest for _, largest in self._superpixels)
 
     @cached_property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of each picture: of its superpixels, for a picture may be turned."""
-        return [mask_size(f"{self.folder / 'superpixels' / name}.png") for name in self.names]
+    def _superpixels(self) -> list[tuple[torch.Size, int]]:
+        """A picture's height and width, and the largest id of its superpixels."""
+        every = (self.read("superpixels", index) for index in range(len(self.names)))
+        return [(segments.shape, int(segments.max())) for segments in every]
 
     def loader(self, run: Run, steps: range, view: Callable, *kinds: str) -> DataLoader:
         """Batches for the steps: view(picture, its maps of these kinds) of random pictures."""
@@ -112,12 +113,12 @@ class Maps:
         multiples of the stride, their tags (B, K), and their maps of these kinds. The first to ask
         for them has to wait until all superpixels, which tell the sizes, are there.
         """
-        batches = self.batches(run, self.share(run))
-        for indices, images, *others in self.read_ahead(run, batches, "image", "tags", *kinds):
+        batches = self._batches(run, self.share(run))
+        for indices, images, *others in self._read_ahead(run, batches, "image", "tags", *kinds):
             yield indices, normalise(pad(images, self.stride).float() / 255), *others
         run.barrier()
 
-    def read_ahead(
+    def _read_ahead(
         self, run: Run, batches: list[list[int]], *kinds: str
     ) -> Iterator[tuple[list[int], Tensor, ...]]:
         """Batches' indices, and what `draw` gives of them, on the device, by the run's loaders."""
@@ -128,9 +129,9 @@ class Maps:
         for indices, tensors in zip(batches, loader, strict=True):
             yield indices, *(tensor.to(run.device, non_blocking=True) for tensor in tensors)
 
-    def batches(self, run: Run, indices: Iterable[int]) -> list[list[int]]:
+    def _batches(self, run: Run, indices: Iterable[int]) -> list[list[int]]:
         """Batches of pictures of one size."""
-        return of_one_size({index: self.sizes[index] for index in indices}, run.pixels)
+        return of_one_size({index: self._superpixels[index][0] for index in indices}, run.pixels)
 
     def quality(self, run: Run, name: str, kind: str) -> dict[str, float]:
         """How the labels of a kind, 255 unknown, compare with the masks; NaN without masks.
@@ -175,8 +176,8 @@ class Maps:
         classes = self.num_classes + 1
         counts = torch.zeros(count, classes, classes, dtype=torch.int64, device=run.device)
         known = (index for index in self.share(run) if self.pairs[index][1] is not None)
-        batches = self.batches(run, known)
-        for _, stored, truth in self.read_ahead(run, batches, kind, "truth"):
+        batches = self._batches(run, known)
+        for _, stored, truth in self._read_ahead(run, batches, kind, "truth"):
             labellings = labels_of(stored, truth.shape[1:])
             for confusion, labels in zip(counts, labellings, strict=True):
                 labels = labels.masked_fill(labels == VOID, classes - 1)

@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_ial import by_pixel, four_loops
-from torch import nn
+from bench import four_loops
+from torch import Tensor, nn
 
 import ial
 from common.augment import MEAN, STD, normalise
@@ -66,6 +66,54 @@ def same_gradients(ours, expected, inputs, tolerance=1e-10):
 
 
 # --- propagation ---
+
+
+def by_pixel(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
+    """`propagate`, pixel by pixel as the recurrence is written."""
+    height, width = values.shape[2:]
+    for _ in range(passes):
+        scans = []
+        for direction in range(4):
+            behind = 1 if direction in (1, 3) else -1  # right to left and bottom to top
+            rows, columns = range(height)[::-behind], range(width)[::-behind]
+            if direction < 2:
+                order = [(r, c) for c in columns for r in rows]
+            else:
+                order = [(r, c) for r in rows for c in columns]
+            x, z = pixels(values), pixels(gates[:, direction])  # (B, C), (B, 4) each
+            h = {}
+            for r, c in order:
+                if direction < 2:
+                    places = [(r + k, c + behind) for k in (-1, 0, 1)]
+                else:
+                    places = [(r + behind, c + k) for k in (-1, 0, 1)]
+                found = [k for k, place in enumerate(places) if place in x]
+                *weights, own = weights_of(z[r, c], found, rule)
+                h[r, c] = own * x[r, c]
+                for k, weight in zip(found, weights, strict=True):
+                    h[r, c] = h[r, c] + weight * h[places[k]]
+            lines = [torch.stack([h[r, c] for c in range(width)], dim=2) for r in range(height)]
+            scans.append(torch.stack(lines, dim=2))
+        values = sum(scans) / 4
+    return values
+
+
+def pixels(maps: Tensor) -> dict[tuple[int, int], Tensor]:
+    """(B, C, H, W) -> (B, C) by (row, column)."""
+    return {
+        (r, c): column
+        for r, row in enumerate(maps.unbind(2))
+        for c, column in enumerate(row.unbind(2))
+    }
+
+
+def weights_of(z: Tensor, found: list[int], rule: str) -> list[Tensor]:
+    """Weights (B, 1) of the sources that exist, and of the pixel's own value, from z (B, 4)."""
+    if rule == "softmax":
+        return list(z[:, [*found, 3]].softmax(dim=1).split(1, dim=1))
+    total = z[:, :3].abs().sum(dim=1, keepdim=True).clamp(min=1e-6)
+    weights = [z[:, k : k + 1] / total for k in found]
+    return [*weights, 1 - sum(weights, torch.zeros_like(total))]
 
 
 @pytest.mark.parametrize("rule", RULES)

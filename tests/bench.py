@@ -64,7 +64,7 @@ Program = Callable[[], Any]  # one run of what is measured; a list holds tensors
 
 
 class Stopwatch:
-    """Seconds spent in named parts of a step."""
+    """Milliseconds spent in named parts of a step."""
 
     def __init__(self, device: str):
         self.device, self.on, self.spent, self.since = device, True, Counter(), {}
@@ -81,7 +81,7 @@ class Stopwatch:
 
     def stop(self, part: str, *_: Any) -> None:
         if part in self.since:
-            self.spent[part] += self.now() - self.since.pop(part)
+            self.spent[part] += 1000 * (self.now() - self.since.pop(part))
 
     def timed(self, part: str, function: Callable) -> Callable:
         """The function, whose time counts for the part, and so does its backward pass."""
@@ -136,15 +136,10 @@ def hold(block: int) -> None:
 
 
 def alone(function: Callable, *args: Any) -> Any:
-    """Call the function in a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(one_thread, function, *args).result()
-
-
-def one_thread(function: Callable, *args: Any) -> Any:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    return function(*args)
+    """Call the function in a new process of one thread."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,)) as pool:
+        return pool.submit(function, *args).result()
 
 
 # --- floors: the passes that a method needs ---
@@ -292,7 +287,8 @@ class TimedRun(Run):
             start, wall = now(), time.perf_counter()
             yield step
             spent = self.watch.spent
-            spent["step"], spent["wall"] = now() - start, time.perf_counter() - wall
+            spent["ms"] = 1000 * (now() - start)
+            spent["wall"] = 1000 * (time.perf_counter() - wall)
             peak = max(peak, memory(device, peak=True))
             if index < self.warm - 1:
                 continue
@@ -301,18 +297,15 @@ class TimedRun(Run):
                 if isinstance(part, nn.Module):
                     part.zero_grad()
             floor(self, *self.seen)
-            spent["floor"] = now() - start
+            spent["floor"] = 1000 * (now() - start)
+            spent["ratio"] = spent["ms"] / spent["floor"]
             taken.append((self.watch.on, spent))
-        del taken[0]  # the floor's own warm-up
-
-        def figure(part: str, on: bool = device != "cuda") -> float:
-            return 1000 * median(spent[part] for was_on, spent in taken if was_on == on)
-
-        row = dict(ms=figure("step"), wall=figure("wall"), floor=figure("floor"))
-        row["ratio"] = row["ms"] / row["floor"]
-        parts = "loading", "optimiser", "loss"
-        shares = {part: figure(part, True) / figure("step", True) for part in parts}
-        shares["rest"] = 1 - row["floor"] / row["ms"] - sum(shares.values())
+        whole = [spent for on, spent in taken[1:] if not on or device != "cuda"]  # 0: a warm-up
+        times, parts = ("ms", "wall", "floor", "ratio"), ("loading", "optimiser", "loss")
+        row = {name: median(spent[name] for spent in whole) for name in times}
+        inside = [spent for on, spent in taken[1:] if on]
+        shares = {part: median(spent[part] / spent["ms"] for spent in inside) for part in parts}
+        shares["rest"] = 1 - 1 / row["ratio"] - sum(shares.values())
         row |= {part: f"{share:.1%}" for part, share in shares.items()}
         self.rows.append(row | dict(mib=(peak - self.empty) / 2**20))
         if len(self.rows) == len(self.floors):
@@ -466,8 +459,12 @@ def counting(library: bool, classes: int, args: argparse.Namespace, small: bool)
     predictions, labels = torch.randint(classes, (2, *shape)).to(args.device)
     if not library:
         return lambda: [confusion_matrix(predictions, labels, classes)]
-    cells = lambda: (labels * classes + predictions).flatten()  # noqa: E731
-    return lambda: [cells().bincount(minlength=classes**2).view(classes, classes)]
+
+    def plain() -> list[Tensor]:
+        cells = (labels * classes + predictions).flatten()
+        return [cells.bincount(minlength=classes**2).view(classes, classes)]
+
+    return plain
 
 
 def class_loss(classes: int, args: argparse.Namespace, small: bool) -> Program:
@@ -524,6 +521,7 @@ PARTS = {
 def measure_part(make: Callable, args: argparse.Namespace) -> tuple[float, float, list]:
     """ms, MiB, and what was computed; for a new process."""
     watch, times = Stopwatch(args.device), []
+    torch.manual_seed(0)
     hold(2**20)
     make(args, True)()  # what the first call of all loads
     program = make(args, False)
@@ -585,7 +583,7 @@ def boundary_recall(library: bool) -> str:
     )
 
 
-def measure_evaluation(args: argparse.Namespace) -> dict:
+def measure_evaluation(_: str, args: argparse.Namespace) -> list[dict]:
     """`evaluate` on the validation pictures: a row of the second table; for a new process."""
     cfg, watch = config(import_module("cps"), args), Stopwatch(args.device)
     data = load(cfg.dataset, cfg.data_path, cfg.labeled, cfg.unlabeled, cfg.seed)
@@ -600,20 +598,16 @@ def measure_evaluation(args: argparse.Namespace) -> dict:
         watch.spent, start = Counter(), watch.now()
         with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
             evaluate(network, loader, kinds, args.device)
-        watch.spent["whole"] = watch.now() - start
+        watch.spent["whole"] = 1000 * (watch.now() - start)
         for _, labels in loader:
             labels = labels.to(args.device)
             watch.timed("confusion", confusion_matrix)(labels % kinds, labels, kinds)
         taken.append(watch.spent)
     parts = "whole", "forward", "confusion"
     whole, forward, confusion = (median(spent[part] for spent in taken[2:]) for part in parts)
-    note = f"{count / whole:.1f} pictures/s; forward {forward / whole:.0%} of it; confusion matrix"
-    note += f" {confusion / forward:.1%} of forward"
-    return dict(title="evaluate, a picture", ms=1000 * whole / count, note=note)
-
-
-def evaluation_rows(_: str, args: argparse.Namespace) -> list[dict]:
-    return [alone(measure_evaluation, args)]
+    note = f"{1000 * count / whole:.1f} pictures/s; forward is {forward / whole:.0%} of it, "
+    note += f"the confusion matrix {confusion / forward:.1%} of forward"
+    return [dict(title="evaluate, a picture", ms=whole / count, note=note)]
 
 
 # --- growth ---
@@ -629,19 +623,24 @@ def growth_rows(_: str, args: argparse.Namespace) -> Iterator[dict]:
         return row["ms"], row["mib"]
 
     def part(make: Callable, size: int) -> tuple[float, float]:
-        return alone(measure_part, partial(make, False, size), args)[:2]
+        return alone(measure_part, partial(make, size), args)[:2]
 
     for title, sizes, power, measure in (
         ("CPS, batch", [2, 4, 8], 1, lambda size: step(size, crop)),
         ("CPS, crop (of its area)", [crop, 2 * crop, 4 * crop], 2, lambda size: step(batch, size)),
         ("CPS losses, classes", classes, 1, partial(part, class_loss)),
-        ("confusion, classes", classes, 1, partial(part, counting)),
-        ("contrast, negatives", [6_400, 25_600, 102_400], 1, partial(part, contrast)),
+        ("confusion, classes", classes, 1, partial(part, partial(counting, False))),
+        (
+            "contrast, negatives",
+            [6_400, 25_600, 102_400],
+            1,
+            partial(part, partial(contrast, False)),
+        ),
     ):
         row = dict(title=title, sizes=" / ".join(map(str, sizes)))
         for name, values in zip(("ms", "mib"), zip(*map(measure, sizes), strict=True), strict=True):
             slope = math.log(max(values[-1], 0.1) / max(values[0], 0.1))
-            row[f"{name}_exponent"] = slope / power / math.log(sizes[-1] / sizes[0])
+            row[f"{name}_exponent"] = f"{slope / power / math.log(sizes[-1] / sizes[0]):.2f}"
             row[name] = " / ".join(f"{value:.4g}" for value in values)
         yield row
 
@@ -691,7 +690,7 @@ def report(args: argparse.Namespace) -> None:
     flags = [f"--{k} {v}" for k, v in vars(args).items() if k not in hidden and v is not None]
     print(machine(args.device), f"PyTorch {torch.__version__}", "one thread", *flags, sep=", ")
     in_process = partial(alone, measure_steps)
-    kinds = {"evaluate": evaluation_rows} | dict.fromkeys(PARTS, part_rows)
+    kinds = {"evaluate": partial(alone, measure_evaluation)} | dict.fromkeys(PARTS, part_rows)
     steps, parts = ([name for name in names if name in args.rows] for names in (STEPS, kinds))
     if steps:
         columns = "title ms wall floor ratio loading optimiser loss rest mib"

@@ -2,7 +2,7 @@
 
     python tests/bench.py                                # the newcomer's settings, on the CPU
     python tests/bench.py --dataset folder --device cuda --crop 512 --batch 8
-    python tests/bench.py --rows cps contrast --growth
+    python tests/bench.py --rows cps contrast            # these alone; with --growth, that too
 
 Prints Markdown. Every row has a process and a thread of its own. Figures are medians of --steps
 steps after two warm-up steps; ms, on a CPU, of the process's CPU time, which a busy machine
@@ -14,7 +14,8 @@ batch: the forward and backward passes that the method needs, with the mean of t
 loss. ratio: step / floor; rest: what neither the floor nor a named share explains. Loading is
 reading, augmenting and moving to the device; loss counts its own backward pass too. mib: by how
 much the process's memory rises, or the peak of a GPU's tensors; for parts glibc is told to give
-back what is freed, for its heap may keep ten times what is in use.
+back what is freed, for its heap may keep ten times what is in use. ms2, mib2: of the program
+beside ours. Exponents are those of a power of the size, 1 for what grows in proportion.
 """
 
 import argparse
@@ -615,7 +616,8 @@ def measure_evaluation(_: str, args: argparse.Namespace) -> list[dict]:
 
 def growth_rows(_: str, args: argparse.Namespace) -> Iterator[dict]:
     """Rows of the third table: sizes, ms at each and their exponent, MiB and theirs."""
-    crop, batch, classes = args.crop or 48, args.batch or 8, [7, 21, 150]
+    crop, batch = args.crop or 48, args.batch or 8
+    classes, negatives = [7, 21, 150], [6_400, 25_600, 102_400]
 
     def step(batch: int, crop: int) -> tuple[float, float]:
         values = vars(args) | dict(batch=batch, crop=crop)
@@ -630,12 +632,7 @@ def growth_rows(_: str, args: argparse.Namespace) -> Iterator[dict]:
         ("CPS, crop (of its area)", [crop, 2 * crop, 4 * crop], 2, lambda size: step(batch, size)),
         ("CPS losses, classes", classes, 1, partial(part, class_loss)),
         ("confusion, classes", classes, 1, partial(part, partial(counting, False))),
-        (
-            "contrast, negatives",
-            [6_400, 25_600, 102_400],
-            1,
-            partial(part, partial(contrast, False)),
-        ),
+        ("contrast, negatives", negatives, 1, partial(part, partial(contrast, False))),
     ):
         row = dict(title=title, sizes=" / ".join(map(str, sizes)))
         for name, values in zip(("ms", "mib"), zip(*map(measure, sizes), strict=True), strict=True):

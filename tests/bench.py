@@ -132,8 +132,8 @@ def reset_peak(device: str) -> None:
 def hold(block: int) -> None:
     """Let glibc's heap keep blocks of less than so many bytes, and give back larger ones."""
     with contextlib.suppress(AttributeError, OSError):  # another libc
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, block)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, block), libc.mallopt(-1, 2 * block)  # M_MMAP_, M_TRIM_THRESHOLD
 
 
 def alone(function: Callable, *args: Any) -> Any:

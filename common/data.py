@@ -263,9 +263,10 @@ def read_pair(pair: Pair, lookup: np.ndarray) -> tuple[Tensor, Tensor]:
 
     An unlabelled picture's label is void throughout; no file is opened for it.
     """
-    image = read_image(pair[0])
-    label = np.full(image.shape[:2], VOID, np.uint8) if pair[1] is None else read_mask(pair[1])
-    return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(lookup[label])
+    image = torch.from_numpy(read_image(pair[0])).permute(2, 0, 1)
+    if pair[1] is None:
+        return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
+    return image, torch.from_numpy(np.take(lookup, read_mask(pair[1])))
 
 
 def training_loader(

@@ -222,7 +222,7 @@ def read_image(path: str) -> np.ndarray:
         orientation = None
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -235,7 +235,7 @@ def read_mask(path: str) -> np.ndarray:
             f"{path}: has Pillow mode {mask.mode}; a mask must be a PNG of class indices, "
             "8-bit grey or palette, with 255 for void"
         )
-    return np.array(mask).astype(np.uint8)
+    return np.array(mask, np.uint8)
 
 
 def mask_size(path: str) -> tuple[int, int]:

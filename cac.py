@@ -408,12 +408,11 @@ def pair_view(
     height, width = (max(round(scale * side), 1) for side in image.shape[-2:])
     image = v2.functional.resize(image, [height, width], antialias=False)
     *boxes, common1, common2 = overlapping_crops(height, width, crop, min_iou)
-    mean = torch.tensor(MEAN)[:, None, None]
     padding = 0, max(crop - width, 0), 0, max(crop - height, 0)
     views, flipped = [], []
     for top, left, bottom, right in boxes:
         view = v2.functional.to_dtype(image[:, top:bottom, left:right], torch.float32, scale=True)
-        view = F.pad(view - mean, padding) + mean
+        view = F.pad(view - MEAN, padding) + MEAN
         flipped.append(bool(torch.rand(()) < 0.5))
         view = view.flip(-1) if flipped[-1] else view
         views.append(normalise(change(view)))

@@ -13,13 +13,13 @@ from torchvision.transforms import v2
 
 from common.losses import VOID
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in [0, 1]
-STD = (0.229, 0.224, 0.225)
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # of ImageNet's pictures, RGB in [0, 1]
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def normalise(images: Tensor) -> Tensor:
     """(..., 3, H, W) in [0, 1] -> zero mean and unit variance over ImageNet."""
-    return v2.functional.normalize(images, MEAN, STD)
+    return (images - MEAN.to(images.device)).div_(STD.to(images.device))
 
 
 def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -103,8 +103,7 @@ def random_crop(
 
     above, before = (crop - out_h) // 2, (crop - out_w) // 2
     padding = (before, crop - out_w - before, above, crop - out_h - above)
-    mean = torch.tensor(MEAN)[:, None, None]
-    image = F.pad(image - mean, padding) + mean
+    image = F.pad(image - MEAN, padding) + MEAN
     valid = F.pad(torch.ones(out_h, out_w, dtype=torch.bool), padding)
     return image, F.pad(label.long(), padding, value=VOID), valid
 

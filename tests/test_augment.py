@@ -55,7 +55,7 @@ def test_padding_is_centred_mean_colour_and_void():
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (24, 39, 20, 43)
     assert valid.sum() == 16 * 24 and (label[~valid] == 255).all()
     padded = image[:, ~valid]
-    torch.testing.assert_close(padded, torch.tensor(augment.MEAN)[:, None].expand_as(padded))
+    torch.testing.assert_close(padded, augment.MEAN[:, 0].expand_as(padded))
     assert augment.normalise(image)[:, ~valid].abs().max() < 1e-6
 
 
@@ -96,8 +96,8 @@ def test_train_view_draws_all_scales_and_shares_geometry_with_the_strong_view():
     shares = {valid.float().mean().item() for _, _, valid in views}
     assert shares == {(20 / 64) ** 2, (40 / 64) ** 2}
     image, _, _, strong = train_view(*coded(), 32, (1.0, 2.0), strong=lambda x: x / 2)
-    std, mean = (torch.tensor(v)[:, None, None] for v in (augment.STD, augment.MEAN))
-    torch.testing.assert_close(strong * std + mean, (image * std + mean) / 2)
+    strong, weak = (view * augment.STD + augment.MEAN for view in (strong, image))
+    torch.testing.assert_close(strong, weak / 2)
 
 
 def test_photometry_keeps_range_and_shape():

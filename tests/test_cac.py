@@ -363,8 +363,7 @@ def pair_of_places(height, width, long_side=None, change=lambda view: view):
 
 def undone(view):
     """A normalised view's values from 0 to 255."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return ((view * std + mean) * 255).round()
+    return ((view * STD + MEAN) * 255).round()
 
 
 def cells_of(view):

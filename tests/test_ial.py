@@ -616,13 +616,12 @@ def test_windows_show_the_same_place_of_picture_labels_and_cells(crop, stride):
     rows, columns = torch.meshgrid(torch.arange(37), torch.arange(45), indexing="ij")
     picture = torch.stack([rows, columns, 0 * rows]).byte()
     cells = pad(picture, stride)[:, ::stride, ::stride].float() // stride
-    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     tops, lefts, flips = set(), set(), set()
     for _ in range(200):
         image, labels, cut = ial.crop_view(crop, stride, picture, 64 * rows + columns, cells)
         assert image.shape == (3, crop, crop) and labels.shape == (crop, crop)
         assert cut.shape == (3, crop // stride, crop // stride)
-        row, column, _ = (255 * (image * std + mean)).round().long()
+        row, column, _ = (255 * (image * STD + MEAN)).round().long()
         assert torch.equal(64 * row + column, labels)
         large = cut.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
         assert torch.equal(large[:2], torch.stack([row, column]).float() // stride)

@@ -517,11 +517,8 @@ def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Ten
     starts, cuts = [stride * int(torch.randint(count, ())) for count in places], []
     for values in (image, *maps):
         cell = stride if values.is_floating_point() else 1
-        rows, columns = (
-            (start // cell + torch.arange(crop // cell)).clamp(max=side - 1)
-            for start, side in zip(starts, values.shape[-2:], strict=True)
-        )
-        cuts.append(values[..., rows, :][..., columns])
+        (top, left), side = (start // cell for start in starts), crop // cell
+        cuts.append(pad(values[..., top : top + side, left : left + side], side))
     return random_flip(normalise(cuts[0].float() / 255), *cuts[1:])
 
 

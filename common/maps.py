@@ -215,6 +215,8 @@ class Stored(Dataset):
 
 def pad(maps: Tensor, stride: int) -> Tensor:
     """(..., H, W) with the last row and column repeated up to multiples of the stride."""
+    if all(side % stride == 0 for side in maps.shape[-2:]):
+        return maps
     rows, columns = (
         torch.arange(-(-side // stride) * stride).clamp(max=side - 1) for side in maps.shape[-2:]
     )

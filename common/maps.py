@@ -62,7 +62,8 @@ class Maps:
         if value.max() >= 2**16:
             raise LoneError(f"{path}: over 65,536 superpixels; take a larger --segment-size")
         bits = torch.uint8 if value.max() < 256 else torch.uint16
-        Image.fromarray(value.to(bits).numpy()).save(f"{path}.png")
+        # The fastest level: files a quarter to a half larger, in a third to two thirds of the time.
+        Image.fromarray(value.to(bits).numpy()).save(f"{path}.png", compress_level=1)
 
     def read(self, kind: str, index: int) -> Tensor:
         """A picture's map, int64 or float32. Raises LoneError where it is lost or damaged."""
@@ -70,7 +71,7 @@ class Maps:
         try:
             if Path(f"{path}.png").is_file():
                 with Image.open(f"{path}.png") as png:
-                    return torch.from_numpy(np.array(png).astype(np.int64))
+                    return torch.from_numpy(np.array(png, np.int64))
             stored = torch.from_numpy(np.load(f"{path}.npy").astype(np.float32))
         except (OSError, EOFError, ValueError) as error:
             raise LoneError(f"{path}: lost or damaged ({error}); start the run afresh") from error

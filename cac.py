@@ -412,7 +412,7 @@ def pair_view(
     views, flipped = [], []
     for top, left, bottom, right in boxes:
         view = v2.functional.to_dtype(image[:, top:bottom, left:right], torch.float32, scale=True)
-        view = F.pad(view - MEAN, padding) + MEAN
+        view = F.pad(view - MEAN, padding).add_(MEAN)
         flipped.append(bool(torch.rand(()) < 0.5))
         view = view.flip(-1) if flipped[-1] else view
         views.append(normalise(change(view)))

@@ -103,9 +103,12 @@ def random_crop(
 
     above, before = (crop - out_h) // 2, (crop - out_w) // 2
     padding = (before, crop - out_w - before, above, crop - out_h - above)
-    image = F.pad(image - MEAN, padding) + MEAN
-    valid = F.pad(torch.ones(out_h, out_w, dtype=torch.bool), padding)
-    return image, F.pad(label.long(), padding, value=VOID), valid
+    # Without the mean colour, zeros stand for it.
+    image, label, valid = image - MEAN, label.long(), torch.ones(out_h, out_w, dtype=torch.bool)
+    if any(padding):
+        image, valid = F.pad(image, padding), F.pad(valid, padding)
+        label = F.pad(label, padding, value=VOID)
+    return image.add_(MEAN), label, valid
 
 
 def cutmix_masks(

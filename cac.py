@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
-from common.augment import MEAN, normalise, train_view
+from common.augment import normalise, pad, train_view
 from common.deeplab import DeepLabV3Plus
 from common.flags import Count, Part, Positive, SemiConfig, Share, Span
 from common.losses import cross_entropy
@@ -412,7 +412,7 @@ def pair_view(
     views, flipped = [], []
     for top, left, bottom, right in boxes:
         view = v2.functional.to_dtype(image[:, top:bottom, left:right], torch.float32, scale=True)
-        view = F.pad(view - MEAN, padding).add_(MEAN)
+        view = pad(view, padding) if any(padding) else view
         flipped.append(bool(torch.rand(()) < 0.5))
         view = view.flip(-1) if flipped[-1] else view
         views.append(normalise(change(view)))

@@ -103,12 +103,19 @@ def random_crop(
 
     above, before = (crop - out_h) // 2, (crop - out_w) // 2
     padding = (before, crop - out_w - before, above, crop - out_h - above)
-    # Without the mean colour, zeros stand for it.
-    image, label, valid = image - MEAN, label.long(), torch.ones(out_h, out_w, dtype=torch.bool)
-    if any(padding):
-        image, valid = F.pad(image, padding), F.pad(valid, padding)
-        label = F.pad(label, padding, value=VOID)
-    return image.add_(MEAN), label, valid
+    label, valid = label.long(), torch.ones(out_h, out_w, dtype=torch.bool)
+    if not any(padding):
+        return image, label, valid
+    return pad(image, padding), F.pad(label, padding, value=VOID), F.pad(valid, padding)
+
+
+def pad(image: Tensor, padding: Sequence[int]) -> Tensor:
+    """A picture (3, H, W) in [0, 1] amid the mean colour; padding is that of F.pad."""
+    left, right, above, below = padding
+    height, width = image.shape[1:]
+    canvas = MEAN.repeat(1, above + height + below, left + width + right)
+    canvas[:, above : above + height, left : left + width] = image
+    return canvas
 
 
 def cutmix_masks(

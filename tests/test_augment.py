@@ -158,3 +158,18 @@ def test_mix_takes_the_picture_before_inside_the_mask():
         source = (b - 1) % 3 if masks[b, 0, i, j] else b
         assert torch.equal(mixed_images[b, :, i, j], images[source, :, i, j])
         assert mixed_labels[b, i, j] == labels[source, i, j]
+
+
+def test_a_picture_of_bytes_is_resized_as_one_of_floats_but_for_rounding():
+    """To whole bytes, along rows and then columns; the label is the same."""
+    image, label = torch.randint(256, (3, 40, 51)).byte(), torch.randint(256, (40, 51)).byte()
+    for scale in (0.6, 1.7):
+        crops = []
+        for picture in (image, image / 255):
+            torch.manual_seed(0)
+            crops.append(random_crop(picture, label, 32, scale))
+        (ours, *labels), (exact, *expected) = crops
+        difference = 255 * (ours - exact)
+        assert 0.1 < difference.std() < 0.5 and difference.abs().max() < 1.01
+        assert difference.mean().abs() < 0.3  # halves are rounded up, twice
+        assert all(torch.equal(*pair) for pair in zip(labels, expected, strict=True))

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
-from common.augment import normalise, pad, train_view
+from common.augment import mean_pad, normalise, train_view
 from common.deeplab import DeepLabV3Plus
 from common.flags import Count, Part, Positive, SemiConfig, Share, Span
 from common.losses import cross_entropy
@@ -73,7 +73,7 @@ class Config(SemiConfig):
     tau: Positive = 0.1  # τ, temperature of Eq. (1)
     gamma: Share = 0.75  # γ of Eq. (7): confidence above which a target teaches; 0: all teach
     warmup: Part = 0.1  # share of the steps that are supervised, at the start
-    bank: int = 8  # earlier steps whose features are negatives too: 0 to 2 released
+    bank: int = 8  # earlier batches whose features are negatives too: 0 to 2 released
     mean_over: Literal["active", "overlap"] = "active"  # N of Eq. (1): anchors that learn, or all
     projector: bool = True  # contrast Φ's features; if not, the decoder's
     context: bool = True  # two overlapping crops; if not, two views of one crop
@@ -138,15 +138,15 @@ def info_nce(
 
     anchor, target (N, D), negatives (M, D) unit vectors; labels (N,), negative_labels (M,) -> (N,).
     """
-    anchor = anchor / tau
-    positive = (anchor * target).sum(dim=1, keepdim=True)  # (N, 1)  cos(a, p) / τ
-    negative = anchor @ negatives.T  # (N, M)  cos(a, n) / τ
+    scaled = anchor / tau
+    positive = (scaled * target).sum(dim=1, keepdim=True)  # (N, 1)  cos(a, p) / τ
+    negative = scaled @ negatives.T  # (N, M)  cos(a, n) / τ
     # The target is among the negatives too where the crops disagree on its class, as in C.
     same = labels[:, None] == negative_labels  # M_n,1 = 0 there, Eq. (5)
-    logits = torch.cat([positive, negative.masked_fill(same, -math.inf)], dim=1)
+    scores = torch.cat([positive, negative.masked_fill(same, -math.inf)], dim=1)
     # Δ C: exact. There 1e-8 in the denominator and in the logarithm cap the loss at 18.4, and make
     # it positive where there is no negative.
-    return -logits.log_softmax(dim=1)[:, 0]
+    return -scores.log_softmax(dim=1)[:, 0]
 
 
 def active_anchors(
@@ -179,7 +179,8 @@ def directional_contrastive_loss(
 
     anchor, target (N, D) unit vectors, index-aligned; their confidence and the anchors' pseudo
     labels (N,); negatives (M, D), negative_labels (M,) -> (). Only anchors get a gradient. 0, with
-    zero gradient, where no anchor learns. Always in float32 or float64. mean_over: "active", the
+    zero gradient, where no anchor learns. Always in float32 or float64, of which a GPU's products
+    may be TF32. mean_over: "active", the
     anchors that learn, or "overlap", all N. rows: for how many anchors at a time the matrix of
     cosines, rows x M, is held.
     """
@@ -254,19 +255,19 @@ class ContrastiveNet(nn.Module):
 
 
 class Bank:
-    """The features of the last steps: with the current ones they are F_u, the negatives.
+    """The features of the last batches: with the current ones they are F_u, the negatives.
 
     All cells of both crops are, padding's too.
     """
 
     # Δ C: it draws a number of them, which in its settings is all.
-    def __init__(self, steps: int):
-        self.past = deque(maxlen=steps)
+    def __init__(self, batches: int):
+        self.past = deque(maxlen=batches)
 
     def extended(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """All negatives, (M, D) and their classes (M,): this step's, given, and the bank's.
+        """All negatives, (M, D) and their classes (M,): this batch's, given, and the bank's.
 
-        The bank remembers this step's. All are constants, without a gradient.
+        The bank remembers this batch's. All are constants, without a gradient.
         """
         current = features.detach(), labels
         everything = [*self.past, current]
@@ -412,7 +413,7 @@ def pair_view(
     views, flipped = [], []
     for top, left, bottom, right in boxes:
         view = v2.functional.to_dtype(image[:, top:bottom, left:right], torch.float32, scale=True)
-        view = pad(view, padding) if any(padding) else view
+        view = mean_pad(view, padding) if any(padding) else view
         flipped.append(bool(torch.rand(()) < 0.5))
         view = view.flip(-1) if flipped[-1] else view
         views.append(normalise(change(view)))
@@ -462,7 +463,8 @@ def train(cfg: Config) -> Result:
     trained = run.wrap(net, find_unused=True)  # the warm-up does not use Φ
     bank = Bank(cfg.bank)
     head = nn.ModuleList(part for part in network.children() if part is not network.backbone)
-    # Φ's gradients come later than the others': in a group of its own, as a fused SGD wants it.
+    # Φ gets no gradient before the warm-up ends, and a fused SGD begins the momentum of a group all
+    # at once: Φ is a group of its own.
     parts = [network.backbone, head, net.projector]
     options = dict(shares=[cfg.backbone_lr, 1.0, 1.0], decay_all=True)
     optimizer, schedule = sgd_poly(parts, cfg.lr, cfg.weight_decay, cfg.iters, **options)
@@ -514,7 +516,7 @@ def train(cfg: Config) -> Result:
             others = dict(loss_dc=loss_dc, **agreement(o1, o2, cfg.gamma))
 
         (loss / cfg.accum).backward()
-        if run.more_to_come:  # --accum: a step of several batches
+        if run.more_to_come:  # with --accum N the loop comes N times to a step
             continue
         optimizer.step()
         optimizer.zero_grad()

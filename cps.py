@@ -351,10 +351,10 @@ def train(cfg: Config) -> Result:
                 loss = loss_sup + rise * lam * loss_unsup  # L, Eq. (5)
 
         (loss / cfg.accum).backward()
-        if run.more_to_come:  # --accum: a step of several batches
+        if run.more_to_come:  # with --accum N the loop comes N times to a step
             continue
         optimizer.step()
-        optimizer.zero_grad()  # now: what it frees, the next passes can use
+        optimizer.zero_grad()  # here, not before `backward`: the next passes need the memory
         schedule.step()
         if averaged:
             ema_update(teachers[0], networks[0], cfg.ema_decay)

@@ -518,6 +518,7 @@ def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Ten
     for values in (image, *maps):
         cell = stride if values.is_floating_point() else 1
         (top, left), side = (start // cell for start in starts), crop // cell
+        # At most `side` long: the multiple of it to which `pad` goes is `side`.
         cuts.append(pad(values[..., top : top + side, left : left + side], side))
     return random_flip(normalise(cuts[0].float() / 255), *cuts[1:])
 
@@ -537,21 +538,19 @@ def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
 
 # --- stages: each leaves maps for the next ---
 
-# maps.loader: for each step view(picture, its maps of these kinds), of random pictures. maps.each:
+# maps.loader: --accum batches a step, of view(picture, its maps of these kinds). maps.each:
 # indices, pictures (B, 3, H', W') of one size padded to whole cells, tags (B, K), maps unpadded.
 # maps.count: S, above all ids of superpixels. maps.quality, best_threshold: scores by the masks,
 # for the log alone. What maps hold of classes that the tags exclude is 0.
 
 
-def descend(
-    run: Run, cfg: Config, loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR
-) -> None:
-    """One step down the loss, or down the mean of --accum batches' losses."""
-    (loss / cfg.accum).backward()
+def descend(run: Run, loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR) -> None:
+    """One step down the loss, or with --accum N every N-th time down the mean of so many."""
+    (loss / run.cfg.accum).backward()
     if run.more_to_come:
         return
     # Δ P: [ours] clipped; one rate for all layers.
-    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], run.cfg.clip)
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
@@ -580,7 +579,7 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
             scores = trained(images)  # (B, K, h, w)
         # Δ P: [cited: PSA] its loss.
         loss = F.multilabel_soft_margin_loss(scores.float().mean(dim=(2, 3)), tags.float())
-        descend(run, cfg, loss, optimizer, schedule)
+        descend(run, loss, optimizer, schedule)
         run.log(step, loss_tags=loss)
     net.eval()
     run.average_buffers(net)
@@ -608,7 +607,7 @@ def train_unary(
         with run.autocast():
             logits = trained(images)  # (B, C, H, W)
         loss = cross_entropy(logits, labels)
-        descend(run, cfg, loss, optimizer, schedule)
+        descend(run, loss, optimizer, schedule)
         run.log(step, loss_unary=loss)
         look = (step + 1 - steps.start) % cfg.eval_every == 0 and step + 1 < steps.stop
         if look and not run.more_to_come:
@@ -647,7 +646,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         with run.autocast():
             logits = trained(images, cells, maps.count)  # (B, S, C)
         loss = region_loss(logits, majority)  # L_m
-        descend(run, cfg, loss, optimizer, schedule)
+        descend(run, loss, optimizer, schedule)
         run.log(step, loss_region=loss)
     net.eval()
     run.average_buffers(net)
@@ -681,7 +680,7 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
         cells = at_cells(segments, cfg.stride)
         smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule)
         loss = loss_affinity + cfg.lam * smooth  # L_α + λ L_s
-        descend(run, cfg, loss, optimizer, schedule)
+        descend(run, loss, optimizer, schedule)
         run.log(step, loss_affinity=loss_affinity, loss_smooth=smooth)
     net.eval()
     run.average_buffers(net)
@@ -773,9 +772,8 @@ def train(cfg: Config) -> Result:
         else:
             run.save(done)
 
-    last = stages[-1][
-        1
-    ]  # of round T + 1, what round T refined; maps that were not made are left out
+    # Of the last round and what the one before refined; maps that were not made are left out.
+    last = stages[-1][1]
     shown = "seeds", f"mined{last - 1}", f"labels{last - 1}", f"unary{last}"
     return run.finish(partial(maps.panels, kinds=shown))
 

@@ -415,14 +415,14 @@ def train(cfg: Config) -> Result:
                 loss = loss + sum(criterion(teacher(weak_l), labels_l) for teacher in teachers)
 
         (loss / cfg.accum).backward()
-        if run.more_to_come:  # --accum: a step of several batches
+        if run.more_to_come:  # with --accum N the loop comes N times to a step
             continue
         run.average_gradients(ensemble)  # those of `own`; the student's are averaged by its wrapper
         optimizer.step()
         optimizer.zero_grad()
         if step >= warmup:
             schedule.step()
-        if semi:
+        if semi:  # once a step; running statistics of the teachers have moved with each batch
             active = (step - warmup) // turn % 2  # whose turn it is; the other's weights wait
             ema_update(teachers[active], student, cfg.ema_decay)
         elif not own:  # until the warm-up ends, both are the student

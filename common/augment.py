@@ -106,10 +106,10 @@ def random_crop(
     label, valid = label.long(), torch.ones(out_h, out_w, dtype=torch.bool)
     if not any(padding):
         return image, label, valid
-    return pad(image, padding), F.pad(label, padding, value=VOID), F.pad(valid, padding)
+    return mean_pad(image, padding), F.pad(label, padding, value=VOID), F.pad(valid, padding)
 
 
-def pad(image: Tensor, padding: Sequence[int]) -> Tensor:
+def mean_pad(image: Tensor, padding: Sequence[int]) -> Tensor:
     """A picture (3, H, W) in [0, 1] amid the mean colour; padding is that of F.pad."""
     left, right, above, below = padding
     height, width = image.shape[1:]

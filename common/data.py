@@ -274,39 +274,39 @@ def training_loader(
     split: str,
     view: View,
     batch_size: int,
-    steps: range,
+    numbers: range,
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """One batch of views for each step of `steps`; split is "labeled" or "unlabeled".
+    """The batches of views of these numbers; split is "labeled" or "unlabeled".
 
-    What a batch holds depends on seed, step and the position in the global batch of
+    What a batch holds depends on seed, number and the position in the global batch of
     world x batch_size pictures alone: not on the number of workers or processes, nor on where
-    `steps` begins, so that a resumed run sees what an uninterrupted one sees.
+    `numbers` begin, so that a resumed run sees what an uninterrupted one sees.
     """
     stream = ("labeled", "unlabeled").index(split)
     read = partial(read_pair, lookup=data.lookup)
     draws = Draws(getattr(data, split), read, view, (seed, stream), batch_size * world)
-    return draws_loader(draws, batch_size, steps, rank, world, workers, pin_memory)
+    return draws_loader(draws, batch_size, numbers, rank, world, workers, pin_memory)
 
 
 def draws_loader(
     draws: Draws,
     batch_size: int,
-    steps: range,
+    numbers: range,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """This process's share of the draws of each step, a batch a step."""
+    """This process's share of the draws, in the batches of these numbers."""
     whole = batch_size * world
     batches = [
-        [step * whole + rank * batch_size + position for position in range(batch_size)]
-        for step in steps
+        [number * whole + rank * batch_size + position for position in range(batch_size)]
+        for number in numbers
     ]
     return DataLoader(
         draws,

@@ -79,13 +79,12 @@ class DeepLabV3Plus(nn.Module):
         stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))
         low = net.layer1(stem)  # (B, 64 or 256, H/4, W/4)
         high = net.layer4(net.layer3(net.layer2(low)))  # (B, 512 or 2048, H/16, W/16)
-        high = self.aspp(high)
-        # A GPU's autocast would enlarge in float32, and concatenate in it, for the decoder's bf16.
-        with torch.autocast(images.device.type, enabled=False):
-            size = low.shape[-2:]
-            high = F.interpolate(high, size, mode="bilinear", align_corners=False)
-        # (B, width, H/4, W/4) beside (B, 48, H/4, W/4)
-        return torch.cat([high, self.reduce_low(low)], dim=1)
+        high = F.interpolate(
+            self.aspp(high), low.shape[-2:], mode="bilinear", align_corners=False
+        )  # (B, width, H/4, W/4)
+        low = self.reduce_low(low)  # (B, 48, H/4, W/4)
+        # A GPU's autocast enlarges in float32; what follows takes bf16 again.
+        return torch.cat([high.to(low.dtype), low], dim=1)
 
     def decode(self, encoded: Tensor) -> Tensor:
         """(B, width + 48, H/4, W/4) -> (B, width, H/4, W/4), the feature before the classifier."""
@@ -139,7 +138,7 @@ class ASPP(nn.Module):
 
 
 class DilatedConv(nn.Conv2d):
-    """A dilated 3x3 convolution that saves what torch's own wastes on small maps."""
+    """A 3x3 convolution, stride 1, padding as its dilation, that is quick on small maps too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h, w)."""
@@ -176,9 +175,10 @@ class Together(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> logits (M, B, K, H, W), of an Ensemble the mean."""
         members = [m.networks if isinstance(m, Ensemble) else [m] for m in self.models]
-        networks = dict.fromkeys(network for one in members for network in one)  # each once
+        networks = dict.fromkeys(network for group in members for network in group)  # each once
         logits = {network: network(images) for network in networks}
-        return torch.stack([torch.stack([logits[n] for n in m]).mean(dim=0) for m in members])
+        means = [torch.stack([logits[n] for n in group]).mean(dim=0) for group in members]
+        return torch.stack(means)
 
 
 def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
@@ -197,7 +197,7 @@ def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
                 if module.kernel_size == (3, 3):
-                    module.__class__ = DilatedConv  # the same weights
+                    module.__class__ = DilatedConv  # the same weights, another forward
                     module.dilation = module.padding = (2 ** (index + 1),) * 2
     return resnet
 

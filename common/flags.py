@@ -49,8 +49,8 @@ class RunConfig:
     weights: str = "none"  # none (random), a torchvision name such as IMAGENET1K_V1, or a path
     width: Count = 64  # channels of DeepLabv3+'s ASPP and decoder: 256 in its paper
     crop_size: Side = 48  # side of a training crop in pixels, a multiple of 8
-    batch_size: Batch = 8  # labelled pictures per process; as many unlabelled ones come with them
-    accum: Count = 1  # batches a step: their gradients' mean, BatchNorm's and OHEM's of each
+    batch_size: Batch = 8  # labelled pictures per process and batch; as many unlabelled beside
+    accum: Count = 1  # batches a step, gradients averaged; BatchNorm, OHEM, CutMix see each alone
     iters: Count = 250  # optimisation steps
     lr: Positive = 0.06  # initial rate, (1 - step / iters)^0.9 later; whatever batch and processes
     weight_decay: float = 1e-4  # on weights; BatchNorm and biases have none

@@ -2,7 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,8 +39,6 @@ def find_device(name: str) -> torch.device:
             raise InputError(f"--device {name}: the GPUs are cuda:0 to cuda:{count - 1}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        # TF32, as in convolutions, for the products of matrices that stay in float32: CAC's loss.
-        torch.set_float32_matmul_precision("high")
     return device
 
 
@@ -75,7 +74,8 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     """
     network.to(device)
     for conv in (module for module in network.modules() if isinstance(module, nn.Conv2d)):
-        # On a CPU a dilated one stays as it is: common.deeplab.DilatedConv says why.
+        # On a CPU a dilated one stays as it is: common.deeplab.DilatedConv says why. To others of
+        # that kind it does no harm.
         if device.type != "cpu" or conv.dilation == (1, 1):
             conv.to(memory_format=torch.channels_last)
     if dist.is_initialized() and device.type == "cuda":
@@ -84,7 +84,7 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def wrap(network: nn.Module, device: torch.device, find_unused: bool = False) -> nn.Module:
-    """`place`, and with several processes the mean of their gradients.
+    """`place`, and with several processes the mean of their gradients, after each batch.
 
     Only passes through the returned module's `forward` are averaged. find_unused: a pass may leave
     parameters out; where all processes do, they get no gradient.
@@ -98,6 +98,17 @@ def wrap(network: nn.Module, device: torch.device, find_unused: bool = False) ->
     new, old = "forward_sync_buffers", "broadcast_buffers"
     options = {new if new in accepted else old: False, "find_unused_parameters": find_unused}
     return DistributedDataParallel(network, **options)
+
+
+@contextmanager
+def tuning(on: bool) -> Iterator[None]:
+    """Whether cuDNN times its algorithms for every new size: that pays where sizes recur."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def average_gradients(networks: nn.Module) -> None:

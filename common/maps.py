@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.augment import normalise
 from common.data import Draws, draws_loader, of_one_size, read_pair
-from common.flags import LoneError
+from common.flags import InputError, LoneError
 from common.layouts import Data
 from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
@@ -56,6 +56,7 @@ class Maps:
         """Replace a picture's map of a kind: int64 labels (H, W) or probabilities (C, h, w)."""
         path = self.folder / kind / self.names[index]
         path.parent.mkdir(parents=True, exist_ok=True)
+        value = value.cpu()
         if value.is_floating_point():
             np.save(f"{path}.npy", value[self.possible[index]].to(torch.float16).numpy())
             return
@@ -84,7 +85,7 @@ class Maps:
         other = dict(image=self.image, tags=self.tags.__getitem__, truth=self.truth)
         return [other[kind](index) if kind in other else self.read(kind, index) for kind in kinds]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """S: more than any superpixel's id in any picture."""
         return 1 + max(largest for _, largest in self._superpixels)
@@ -96,7 +97,7 @@ class Maps:
         return [(segments.shape, int(segments.max())) for segments in every]
 
     def loader(self, run: Run, steps: range, view: Callable, *kinds: str) -> DataLoader:
-        """Batches for the steps: view(picture, its maps of these kinds) of random pictures."""
+        """--accum batches a step: view(picture, its maps of these kinds) of random pictures."""
         batch_size, seed = run.cfg.batch_size, (run.cfg.seed, 2, steps.start)
         read = partial(self.draw, kinds=("image", *kinds))
         draws = Draws(range(len(self.names)), read, view, seed, batch_size * run.world)
@@ -123,9 +124,12 @@ class Maps:
         self, run: Run, batches: list[list[int]], *kinds: str
     ) -> Iterator[tuple[list[int], Tensor, ...]]:
         """Batches' indices, and what `draw` gives of them, on the device, by the run's loaders."""
-        loading = dict(num_workers=run.cfg.workers, pin_memory=run.loading["pin_memory"])
         loader = DataLoader(
-            Stored(self, kinds), batch_sampler=batches, generator=torch.Generator(), **loading
+            Stored(self, kinds),
+            batch_sampler=batches,
+            num_workers=run.cfg.workers if batches else 0,
+            pin_memory=run.loading["pin_memory"],
+            generator=torch.Generator(),
         )
         for indices, tensors in zip(batches, loader, strict=True):
             yield indices, *(tensor.to(run.device, non_blocking=True) for tensor in tensors)
@@ -208,7 +212,10 @@ class Stored(Dataset):
         self.maps, self.kinds = maps, kinds
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return self.maps.draw(index, self.kinds)
+        try:
+            return self.maps.draw(index, self.kinds)
+        except InputError as error:  # a picture that is there no more
+            raise LoneError(error) from error
 
 
 # --- pixels and cells ---

@@ -41,29 +41,30 @@ def evaluate(
     num_classes: int,
     device: torch.device | str,
     window: tuple[int, int] | None = None,
+    several: int = 0,
 ) -> Tensor:
     """Confusion matrix (K, K) of the model over a loader, on the device.
 
-    Of a model whose logits are those of several, (M, B, K, H, W): (M, K, K).
+    several: M where the model gives the logits of M models, (M, B, K, H, W); then (M, K, K).
     The loader gives images (B, 3, H, W), normalised, and labels (B, H, W) at the pictures' own
     size. window: None for whole pictures, or (crop, stride) in pixels for sliding windows, whose
     logits are summed. Each process gives its own share of the pictures; all get the sum. The
     model is in eval mode meanwhile, and each of its modules in its former mode afterwards.
     """
-    counts = torch.zeros(1, num_classes**2 + 2, dtype=torch.int64, device=device)
+    shape = max(several, 1), num_classes**2 + 2
+    counts = torch.zeros(shape, dtype=torch.int64, device=device)
     with evaluating(model):
         for images, labels in loader:
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             logits = model(images) if window is None else slide(model, images, *window)
-            several = logits[None] if logits.ndim == 4 else logits
-            # Not `argmax`, which takes four times as long on a CPU: a tenth of a forward pass.
-            predictions = several.max(dim=2).indices  # (M, B, H, W)
-            counts = counts + torch.stack([_count(p, labels, num_classes) for p in predictions])
+            # `argmax` would take four times as long on a CPU, a tenth of a forward pass.
+            predictions = logits.max(dim=-3).indices.view(-1, *labels.shape)  # (M, B, H, W)
+            counts += torch.stack([_count(p, labels, num_classes) for p in predictions])
     if dist.is_initialized():
         dist.all_reduce(counts)
     confusions = torch.stack([_checked(count, num_classes) for count in counts])
-    return confusions if len(confusions) > 1 else confusions[0]
+    return confusions if several else confusions[0]
 
 
 @contextmanager

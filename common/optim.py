@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import PolynomialLR
@@ -35,4 +36,14 @@ def sgd_poly(
             groups.append({"params": chosen, "lr": share * lr, "weight_decay": decay})
     groups = [group for group in groups if group["params"]]
     optimizer = SGD(groups, lr=lr, momentum=0.9, fused=True)
+    optimizer.register_load_state_dict_post_hook(lay_out)
     return optimizer, PolynomialLR(optimizer, total_iters=iters, power=0.9)
+
+
+def lay_out(optimizer: SGD) -> None:
+    """Momentum in the layout of its weight.
+
+    A fused SGD goes by their places in memory, and a checkpoint may be of a device with others.
+    """
+    for weight, state in optimizer.state.items():
+        state["momentum_buffer"] = torch.empty_like(weight).copy_(state["momentum_buffer"])

@@ -85,15 +85,17 @@ class Run:
         self.cfg, self.total = cfg, total or cfg.iters
         self.device = machine.find_device(cfg.device)
         self.rank, self.world = machine.join_processes(self.device)
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
-        # Before Ampere (8.0) GPUs emulate bf16, which is slower than float32.
         cuda = self.device.type == "cuda"
+        if cuda:  # TF32, as in convolutions, where matrices stay in float32: above all CAC's loss
+            torch.set_float32_matmul_precision("high")
+        # Before Ampere (8.0) GPUs emulate bf16, which is slower than float32.
         fast = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         self.bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and fast)
         self.loading = dict(  # the loaders' arguments that depend on the machine
             rank=self.rank, world=self.world, workers=cfg.workers, pin_memory=cuda
         )
-        # Of whole pictures as many pixels at once as in a training batch, which are sure to fit.
+        # Of whole pictures as many pixels at once as in a training batch, or 2^16 where crops are
+        # small: without gradients they take less memory.
         self.pixels = max(cfg.batch_size * cfg.crop_size**2, 2**16)
         self.folder = machine.in_all_processes(lambda: choose_folder(script, cfg))
         torch.manual_seed(cfg.seed)
@@ -133,14 +135,14 @@ class Run:
         machine.in_all_processes(self._open)
 
     def batches(self, split: str, view: View, begin: int = 0) -> Iterator[list[Tensor]]:
-        """Batches of views for the steps left, from step `begin` on: common.data.training_loader.
+        """--accum batches for each step left, from step `begin` on: common.data.training_loader.
 
         split is "labeled" or "unlabeled". The loader and its processes start with the first batch.
         """
         first, last = max(self.first - begin, 0), self.total - begin
         numbers = range(first * self.cfg.accum, last * self.cfg.accum)
         how = dict(batch_size=self.cfg.batch_size, seed=self.cfg.seed, **self.loading)
-        loader = training_loader(self.data, split, view, steps=numbers, **how)
+        loader = training_loader(self.data, split, view, numbers=numbers, **how)
 
         def started_late() -> Iterator[list[Tensor]]:
             yield from loader
@@ -149,7 +151,8 @@ class Run:
 
     def to_device(self, batch: list[Tensor]) -> list[Tensor]:
         """A loader's batch on the device, pictures (B, 3, H, W) in channels-last memory."""
-        if self.device.type == "cuda":  # from other memory the copy would be waited for
+        # Loaders' batches are pinned; what a script made itself would be waited for.
+        if self.device.type == "cuda":
             batch = [t.pin_memory() for t in batch]
         return [
             t.to(
@@ -181,11 +184,13 @@ class Run:
         steps = range(self.first, self.total) if steps is None else steps
         on_terminal = self.rank == 0 and sys.stderr.isatty()
         self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=not on_terminal)
-        for step in self.bar:
-            for number in range(accum := self.cfg.accum):
-                self.more_to_come = number + 1 < accum
-                self.seed(step * accum + number)
-                yield step
+        accum = self.cfg.accum
+        with machine.tuning(self.device.type == "cuda"):
+            for step in self.bar:
+                for number in range(accum):
+                    self.more_to_come = number + 1 < accum
+                    self.seed(step * accum + number)
+                    yield step
 
     def seed(self, step: int) -> None:
         """Seed torch by --seed, a step and the process."""
@@ -194,8 +199,8 @@ class Run:
     def log(self, step: int, **values: Tensor | float) -> None:
         """Now and then, and before an evaluation, a line of `log.jsonl`.
 
-        Most calls return without waiting for the device. Raises InputError for a value that is
-        not finite.
+        Most calls return without waiting for the device. With --accum the values are those of a
+        step's last batch. Raises InputError for a value that is not finite.
         """
         every = max(min(50, self.total // 20), 1)
         if self.rank or self.more_to_come or ((step + 1) % every and not self.due(step)):
@@ -224,22 +229,19 @@ class Run:
                 if isinstance(part, nn.Module):
                     self.average_buffers(part)
             models = [self.model, *others.values()]
-            ious = self.score(Together(models)) if others else self.score(self.model)[None]
-            self.record(step, ious[0], **dict(zip(others, ious[1:], strict=True)))
+            own, *beside = self.score(Together(models), len(models))
+            self.record(step, own, **dict(zip(others, beside, strict=True)))
 
-    def score(self, network: nn.Module) -> Tensor:
+    def score(self, network: nn.Module, several: int = 0) -> Tensor:
         """IoU by class (K,) on the validation pictures, whole or in --eval-window's windows.
 
-        (M, K) for several networks, `Together`.
+        several: M where the network gives the logits of M networks; then (M, K).
         """
         side = self.cfg.eval_window
         window = (side, math.ceil(side * 2 / 3)) if side else None
-        # cuDNN tries its ways for each new size of a tensor, which pays for training's alone.
-        torch.backends.cudnn.benchmark = False
-        with self.autocast():
-            found = evaluate(network, self.val, len(self.data.classes), self.device, window)
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
-        return iou(found)
+        classes = len(self.data.classes)
+        with self.autocast(), machine.tuning(False):
+            return iou(evaluate(network, self.val, classes, self.device, window, several))
 
     def barrier(self) -> None:
         """Wait until all processes are here."""

@@ -58,8 +58,8 @@ def slic(
     features = F.pad((UNITS * features).round().flatten(2), (0, 0, 0, 1), value=1)  # (B, 6, HW)
 
     # The order in memory: the first pixel of each cell, the second of each, ..., P in the largest
-    # cell. Smaller ones end in zeros, which count as no pixel. Centres then lie side by side just
-    # as pixels do, and sums of different segments grow in turn: a CPU does both quickly.
+    # cell. Places that a smaller one lacks hold zeros and count as no pixel. Centres then lie side
+    # by side just as pixels do, and sums of different segments grow in turn: quick on a CPU.
     tall, wide = math.ceil(height / rows), math.ceil(width / columns)  # P = tall x wide
     cell = (down * rows // height)[:, None] * columns + across * columns // width  # (H, W)
     within = (down * rows % height // rows)[:, None] * wide + across * columns % width // columns
@@ -76,7 +76,7 @@ def slic(
     steps = [dy * columns + dx - far for dy, dx in product((-1, 0, 1), repeat=2)]
     steps = torch.tensor(steps, dtype=torch.float, device=images.device)[:, None, None]
     # A few pixels of each cell at a time: their distances fit a CPU's caches, or keep a GPU busy.
-    few = (2**14 if images.device.type == "cpu" else 2**20) // (batch * cells) or 1
+    few = max((2**14 if images.device.type == "cpu" else 2**20) // (batch * cells), 1)
     for _ in range(iterations):
         sums = whole.new_zeros(batch, 6, cells)
         sums.scatter_add_(2, labels.flatten(1)[:, None].expand_as(whole), whole)

@@ -88,7 +88,9 @@ def together(folder: Path) -> None:
     saved = {}
     for name, flags in TINY.items():
         script = import_module(name)
-        result = script.train(script.Config(output_dir=str(folder / name), **flags))
+        accum = 2 if name == "psmt" else 1
+        flags = flags | dict(output_dir=str(folder / name), accum=accum)
+        result = script.train(script.Config(**flags))
         saved[name] = dict(weights=result.model.state_dict(), miou=result.miou)
     rank = dist.get_rank()
     torch.save(saved | shared(rank, dist.get_world_size()), folder / f"{rank}.pt")

@@ -33,10 +33,8 @@ STAGES = ["seeds", "unary1", "region1", "pairwise1", "unary2"]  # of two steps e
 PROBS = {"cam", "unary1", "unary2", "refined1"}
 KINDS = PROBS | {"superpixels", "seeds", "majority1", "mined1", "labels1", "majority2"}
 FLAGS = SimpleNamespace(batch_size=2, accum=1, workers=0, seed=0)
-ALONE = dict(
-    rank=0, world=1, device="cpu", pixels=4000, cfg=FLAGS, loading=dict(pin_memory=False)
-)  # as a Run
-ALONE = SimpleNamespace(**ALONE, gather=lambda tensor: tensor)
+MACHINE = dict(rank=0, world=1, device="cpu", loading=dict(pin_memory=False))
+ALONE = SimpleNamespace(**MACHINE, cfg=FLAGS, pixels=4000, gather=lambda tensor: tensor)  # a Run
 NAMES = ["000", "001", "002", "004", "005"]  # 003 shows no class
 
 
@@ -420,6 +418,16 @@ def test_maps_are_read_as_they_were_written(data, tmp_path):
         maps.write("labels", 0, torch.tensor([[2**16]]))
 
 
+def test_maps_of_any_device_are_written(data, tmp_path, monkeypatch):
+    """Here they are asked for their copy on the CPU, which others need."""
+    maps, asked, cpu = maps_of(tmp_path, data), [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: asked.append(t.shape) or cpu(t))
+    maps.write("labels", 0, torch.zeros(4, 5).long())
+    maps.write("probs", 0, torch.rand(3, 4, 5))
+    maps.write_batch("more", [0, 1], torch.rand(2, 3, 4, 5))
+    assert asked[:3] == [(4, 5), (3, 4, 5), (2, 3, 4, 5)]
+
+
 def test_lost_maps_are_named(data, tmp_path):
     maps = maps_of(tmp_path, data)
     folder = tmp_path / "maps/unary1"
@@ -465,9 +473,10 @@ def test_each_process_has_its_share_of_the_continued_pictures(data, tmp_path):
 
 def test_batches_hold_pictures_of_one_size(tmp_path):
     """Of at most 4000 pixels, or of a single picture, however large."""
-    root, rng = tagged_tree(tmp_path / "data", ("12",) * 7, height=32, width=40), np.random
+    root = tagged_tree(tmp_path / "data", ("12",) * 7, height=32, width=40)
     for index in (1, 4, 6):
-        trees.save_picture(root / f"images/train/{index:03d}.png", rng.default_rng(0), 40, 32)
+        path, rng = root / f"images/train/{index:03d}.png", np.random.default_rng(0)
+        trees.save_picture(path, rng, 40, 32)
         trees.save_mask(root / f"masks/train/{index:03d}.png", np.ones((40, 32)))
     maps = maps_of(tmp_path / "run", root)
     for index in range(7):

@@ -124,3 +124,28 @@ def test_double_averaged_gradients_are_a_smaller_rate_with_more_decay():
             optimizer.step()
             schedule.step()
     torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("old", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("new", [torch.contiguous_format, torch.channels_last])
+def test_momentum_is_resumed_whatever_its_layout(old, new):
+    """A checkpoint of another device may have it in another order of memory."""
+    weights = torch.randn(4, 3, 3, 3)
+    convs, optimizers = [], []
+    for layout in (old, new, new):
+        conv = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=layout)
+        conv.load_state_dict({"weight": weights})
+        convs.append(conv)
+        optimizers.append(sgd_poly([conv], lr=0.1, weight_decay=0.0, iters=9)[0])
+    x = torch.randn(2, 3, 8, 8)
+
+    def step(index):
+        convs[index](x).square().mean().backward()
+        optimizers[index].step()
+        optimizers[index].zero_grad()
+
+    step(0), step(1)
+    convs[2].load_state_dict(convs[0].state_dict())
+    optimizers[2].load_state_dict(optimizers[0].state_dict())
+    step(1), step(2)
+    torch.testing.assert_close(convs[2].weight, convs[1].weight)

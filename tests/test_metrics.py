@@ -97,9 +97,11 @@ def test_evaluate_sums_over_pictures_of_any_size(window):
 @pytest.mark.parametrize("window", [None, (16, 11)])
 def test_several_models_are_scored_at_once(window):
     models, loader = [Pixelwise(), Pixelwise()], pictures()
-    ours = evaluate(Together(models), loader, K, "cpu", window)
+    ours = evaluate(Together(models), loader, K, "cpu", window, several=2)
     expected = torch.stack([evaluate(model, loader, K, "cpu", window) for model in models])
     assert torch.equal(ours, expected) and not torch.equal(*ours)
+    nothing = evaluate(Together(models), [], K, "cpu", window, several=2)  # of a process
+    assert nothing.shape == (2, K, K) and not nothing.any()
     assert torch.equal(iou(ours).nan_to_num(2), torch.stack([*map(iou, ours)]).nan_to_num(2))
 
 

@@ -194,7 +194,7 @@ def test_a_step_may_have_several_batches(name, few, light, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch.Tensor, "backward", note_backward)
     monkeypatch.setattr(torch.optim.SGD, "step", note_update)
-    seen = {}
+    seen, first = {}, {}
     for accum in (1, 3):
         passes.clear(), updates.clear()
         train(name, tmp_path / str(accum), accum=accum)
@@ -202,7 +202,8 @@ def test_a_step_may_have_several_batches(name, few, light, tmp_path, monkeypatch
         assert len(set(passes)) == len(passes)  # all batches differ
         assert [done for done, _ in updates] == list(range(accum, len(passes) + 1, accum))
         seen[accum] = [rate for _, rate in updates], [line["step"] for line in log]
-    assert seen[1] == seen[3]
+        first[accum] = accum * passes[0]  # of the same batch, weights and seed
+    assert seen[1] == seen[3] and first[1] == pytest.approx(first[3], rel=1e-5)
 
 
 # --- resuming, several processes ---

@@ -57,7 +57,7 @@ class RunConfig:
     eval_every: Count = 125  # steps between two evaluations, each of which writes last.pt
     eval_window: Window = 0  # side of evaluation's sliding windows in pixels; 0: whole pictures
     workers: int = 0  # loader processes per stream and process; 0: load in the main process
-    amp: Literal["auto", "none", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, else none
+    amp: Literal["auto", "none", "bf16"] = "auto"  # auto: bf16 on GPUs and CPUs that have it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     seed: Seed = 0  # of initial weights, batches and every step's randomness
     output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>-<labeled>-s<seed>

@@ -42,6 +42,14 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 as such; others emulate it, slower than float32."""
+    if device.type == "cuda":  # from Ampere on
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and native
+
+
 def join_processes(device: torch.device) -> tuple[int, int]:
     """This process's rank and the number of processes, whose group is made where there are many."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():

@@ -88,9 +88,7 @@ class Run:
         cuda = self.device.type == "cuda"
         if cuda:  # TF32, as in convolutions, where matrices stay in float32: above all CAC's loss
             torch.set_float32_matmul_precision("high")
-        # Before Ampere (8.0) GPUs emulate bf16, which is slower than float32.
-        fast = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
-        self.bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and fast)
+        self.bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and machine.has_bf16(self.device))
         self.loading = dict(  # the loaders' arguments that depend on the machine
             rank=self.rank, world=self.world, workers=cfg.workers, pin_memory=cuda
         )

@@ -54,6 +54,7 @@ from common import losses, shapes
 from common.augment import normalise, train_view, whole_view
 from common.data import load, read_pair, val_loader
 from common.deeplab import DeepLabV3Plus
+from common.machine import has_bf16
 from common.maps import Maps
 from common.metrics import confusion_matrix, evaluate, evaluating
 from common.run import Run
@@ -594,7 +595,8 @@ def measure_evaluation(_: str, args: argparse.Namespace) -> list[dict]:
     network.register_forward_pre_hook(lambda *_: watch.start("forward"))
     network.register_forward_hook(lambda *_: watch.stop("forward"))
     loader, taken = list(val_loader(data, whole_view)), []
-    bf16 = args.amp == "bf16" or (args.amp == "auto" and args.device == "cuda")
+    native = has_bf16(torch.device(args.device))
+    bf16 = args.amp == "bf16" or (args.amp == "auto" and native)
     for _ in range(2 + args.steps):
         watch.spent, start = Counter(), watch.now()
         with torch.autocast(args.device, torch.bfloat16, enabled=bf16):

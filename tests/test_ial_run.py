@@ -28,7 +28,7 @@ from common.run import InputError, Run
 from common.tags import load_tagged
 
 TINY = dict(dataset="folder", crop_size=32, batch_size=2, width=8, iters=2, rounds=1, tau=0.4)
-TINY |= dict(net_steps=(1.0, 1.0, 1.0), eval_every=1, device="cpu")
+TINY |= dict(net_steps=(1.0, 1.0, 1.0), eval_every=1, device="cpu", amp="none")
 STAGES = ["seeds", "unary1", "region1", "pairwise1", "unary2"]  # of two steps each
 PROBS = {"cam", "unary1", "unary2", "refined1"}
 KINDS = PROBS | {"superpixels", "seeds", "majority1", "mined1", "labels1", "majority2"}

@@ -1,5 +1,6 @@
 """Flags, the run's folder, checkpoints, exact resuming, several processes, errors midway."""
 
+import itertools
 import json
 import math
 import sys
@@ -16,7 +17,7 @@ from few_shapes import SEMI, finish, start
 from torch import nn
 
 import cps
-from common import shapes
+from common import machine, shapes
 from common.augment import whole_view
 from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
@@ -111,6 +112,20 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     for name, hint in (("tpu9", "use auto, cpu"), ("meta", "use auto, cpu"), ("cuda", "use --dev")):
         message = said(partial(Run, "any", Typed(device=name)))
         assert message.startswith(f"--device {name}: ") and hint in message
+
+
+def test_bf16_is_taken_where_it_is_native(tmp_path, monkeypatch):
+    for capability, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
+        assert machine.has_bf16(torch.device("cuda", 0)) == fast
+    for avx512, amx in itertools.product((False, True), repeat=2):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", partial(bool, avx512))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", partial(bool, amx))
+        assert machine.has_bf16(torch.device("cpu")) == (avx512 or amx)
+        assert not machine.has_bf16(torch.device("mps"))
+        for amp, expected in (("none", False), ("bf16", True), ("auto", avx512 or amx)):
+            cfg = Typed(amp=amp, device="cpu", output_dir=str(tmp_path / "run"))
+            assert Run("any", cfg).bf16 == expected
 
 
 RECIPES = {

@@ -32,7 +32,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(cutmix=False, ohem=True, eval_window=48),
         dict(count_padding=True, scales=(0.5,), amp="bf16"),
         dict(supervision="prob_l2", cutmix=False),
-        dict(supervision="prob_kl", cutmix=False, amp="none"),
+        dict(supervision="prob_kl", cutmix=False, amp="auto"),
         dict(supervision="mean_teacher"),
         dict(supervision="mean_teacher", cutmix=False),
         dict(supervision="single"),
@@ -40,7 +40,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
     ],
     "psmt": [
         dict(),
-        dict(supervised_only=True, amp="none"),
+        dict(supervised_only=True, amp="auto"),
         dict(teachers="copy", ohem=True, eval_window=48),
         dict(cutmix="boxes", zoom=True, amp="bf16"),
         dict(cutmix="off", pseudo_eval=True, count_padding=True, scales=(0.3, 0.5)),
@@ -48,7 +48,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
     ],
     "cac": [
         dict(),
-        dict(supervised_only=True, amp="none"),
+        dict(supervised_only=True, amp="auto"),
         dict(projector=False, jitter=True, eval_window=48),
         dict(context=False, amp="bf16", dropout=0.5),
         dict(directed=False, mean_over="overlap", bank=0),
@@ -57,7 +57,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
     "ial": [
         dict(),
         dict(method="direct", eval_window=48),
-        dict(method="unary", amp="none"),
+        dict(method="unary", amp="auto"),
         dict(method="cam"),
         dict(mining="agree", net="resnet18", clamp=True),
         dict(mining="rule80", rule="abs", stride=4, amp="bf16"),

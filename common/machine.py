@@ -1,9 +1,10 @@
 """The device and the processes of a run."""
 
+import ctypes
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -48,6 +49,18 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cpu" and native
+
+
+def keep_memory() -> None:
+    """Let the C library keep what tensors on the CPU free, for the tensors of the next step.
+
+    glibc would return it to the system, which hands out every page anew, and zeroed: a tenth of a
+    step. Tensors of more than 32 MiB, its limit, still come and go.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        malloc = ctypes.CDLL(None).mallopt
+        malloc(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        malloc(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:

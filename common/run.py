@@ -85,6 +85,7 @@ class Run:
         self.cfg, self.total = cfg, total or cfg.iters
         self.device = machine.find_device(cfg.device)
         self.rank, self.world = machine.join_processes(self.device)
+        machine.keep_memory()
         cuda = self.device.type == "cuda"
         if cuda:  # TF32, as in convolutions, where matrices stay in float32: above all CAC's loss
             torch.set_float32_matmul_precision("high")

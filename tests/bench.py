@@ -295,11 +295,11 @@ class TimedRun(Run):
             if index < self.warm - 1:
                 continue
             start = now()
+            floor(self, *self.seen)
+            spent["floor"] = 1000 * (now() - start)
             for part in (self.net, *self.state.values()):
                 if isinstance(part, nn.Module):
                     part.zero_grad()
-            floor(self, *self.seen)
-            spent["floor"] = 1000 * (now() - start)
             spent["ratio"] = spent["ms"] / spent["floor"]
             taken.append((self.watch.on, spent))
         whole = [spent for on, spent in taken[1:] if not on or device != "cuda"]  # 0: a warm-up

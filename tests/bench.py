@@ -452,7 +452,8 @@ def segment(library: bool, images: Tensor, count: int, compactness: float = 10.0
         return slic(images, count, compactness)
     scikit = import_module("skimage.segmentation")
     image = images[0].permute(1, 2, 0).cpu().numpy()
-    return torch.from_numpy(scikit.slic(image, count, compactness, max_num_iter=10))[None]
+    found = scikit.slic(image, count, compactness, max_num_iter=10, enforce_connectivity=False)
+    return torch.from_numpy(found)[None]
 
 
 def counting(library: bool, classes: int, args: argparse.Namespace, small: bool) -> Program:

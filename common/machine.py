@@ -57,7 +57,7 @@ def keep_memory() -> None:
     glibc would return it to the system, which hands out every page anew, and zeroed: a tenth of a
     step. Tensors of more than 32 MiB, its limit, still come and go.
     """
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError, TypeError):  # another C library
         malloc = ctypes.CDLL(None).mallopt
         malloc(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         malloc(-3, 2**25)  # M_MMAP_THRESHOLD

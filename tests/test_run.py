@@ -1,5 +1,6 @@
 """Flags, the run's folder, checkpoints, exact resuming, several processes, errors midway."""
 
+import ctypes
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +128,15 @@ def test_bf16_is_taken_where_it_is_native(tmp_path, monkeypatch):
         for amp, expected in (("none", False), ("bf16", True), ("auto", avx512 or amx)):
             cfg = Typed(amp=amp, device="cpu", output_dir=str(tmp_path / "run"))
             assert Run("any", cfg).bf16 == expected
+
+
+def test_memory_is_kept_where_the_c_library_can(monkeypatch):
+    asked = []
+    malloc = SimpleNamespace(mallopt=lambda *option: asked.append(option))
+    for library in (malloc, SimpleNamespace()):  # glibc; macOS and musl lack it
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, library=library: library)
+        machine.keep_memory()
+    assert asked == [(-1, 2**31 - 1), (-3, 2**25)]
 
 
 RECIPES = {

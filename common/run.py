@@ -132,6 +132,8 @@ class Run:
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
         self.started = time.time()
         machine.in_all_processes(self._open)
+        precision = "bf16 where it can be (--amp none: float32)" if self.bf16 else "float32"
+        self.print(f"on {self.device}, in {precision}: {self.folder}")
 
     def batches(self, split: str, view: View, begin: int = 0) -> Iterator[list[Tensor]]:
         """--accum batches for each step left, from step `begin` on: common.data.training_loader.

@@ -180,9 +180,8 @@ def directional_contrastive_loss(
     anchor, target (N, D) unit vectors, index-aligned; their confidence and the anchors' pseudo
     labels (N,); negatives (M, D), negative_labels (M,) -> (). Only anchors get a gradient. 0, with
     zero gradient, where no anchor learns. Always in float32 or float64, of which a GPU's products
-    may be TF32. mean_over: "active", the
-    anchors that learn, or "overlap", all N. rows: for how many anchors at a time the matrix of
-    cosines, rows x M, is held.
+    may be TF32. mean_over: "active", the anchors that learn, or "overlap", all N. rows: for how
+    many anchors at a time the matrix of cosines, rows x M, is held.
     """
     if mean_over not in ("active", "overlap"):
         raise ValueError(f'mean_over is "active" or "overlap", not {mean_over!r}')

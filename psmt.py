@@ -376,11 +376,12 @@ def train(cfg: Config) -> Result:
         turn = min(turn, round(rise / 12))
     turn = max(turn, 1)
 
-    decoders = nn.ModuleList(teacher.decoder for teacher in teachers)
+    # Where BatchNorm is, of what follows the teachers' encoding.
+    normalised = nn.ModuleList(teacher.decoder for teacher in teachers)
 
     def noise(encoded: Tensor) -> Tensor:
         """r_adv, from the student's features z. Labelled pictures get it too, as in C."""
-        with evaluating(decoders):  # running statistics, as in C, which stay as they are
+        with evaluating(normalised):  # running statistics, as in C, which stay as they are
             return t_vat(encoded, *map(decoder, teachers), eps=cfg.eps, size=(cfg.crop_size,) * 2)
 
     for step in run.loop():

@@ -120,7 +120,7 @@ class ASPP(nn.Module):
             + [ConvBNReLU(channels, width, 3, dilation=rate) for rate in (6, 12, 18)]
         )
         for conv, _, _ in self.branches[1:]:
-            conv.__class__ = DilatedConv
+            conv.__class__ = DilatedConv  # the same weights, another forward
         self.pooled = ConvBNReLU(channels, width, 1)
         self.project = ConvBNReLU(5 * width, width, 1)
         self.dropout = nn.Dropout(dropout)

@@ -91,6 +91,7 @@ class Config(RunConfig):
     tau: Share = 0.7  # τ: confidence of a mined region; ours, where the colours of Fig. 4 part
     stride: Count = 2  # side of a cell in pixels: maps are propagated from cell to cell
     rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)
+    scans: Literal["mean", "sequence"] = "mean"  # G: the four scans' mean, or their product
     passes: Count = 2  # how often G is applied (cited: SPN)
     lam: float = 0.3  # λ, weight of the smoothness loss
     probes: Count = 2  # R, random maps that estimate it
@@ -313,30 +314,67 @@ def mine(
 # argues for the other that the logarithm is monotone.
 
 
-def propagate(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
-    """G^passes applied to a map; the scans are SPN's [cited], G is their mean. To the right:
+def propagate(
+    values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax", scans: str = "mean"
+) -> Tensor:
+    """G^passes applied to a map. The scans are SPN's [cited]; that to the right is
 
         h[r, c] = own[r, c] x[r, c] + sum over k = -1, 0, 1 of gate_k[r, c] h[r + k, c - 1]
 
-    values (B, C, H, W), gates (B, 4 scans, 4 sources, H, W), logits, see `gate_weights` ->
-    (B, C, H, W), float32 at least.
+    values (B, C, H, W); gates (B, 4 scans, 4 sources, H, W), logits, see `gate_weights` ->
+    (B, C, H, W), float32 at least. scans: G is their "mean", or "sequence", their product.
     """
+    if scans not in ("mean", "sequence"):
+        raise ValueError(f'scans is "mean" or "sequence", not {scans!r}')
     values, gates = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (values, gates))
+    # Δ P: [ours] one G for all classes: a map that sums to 1 over classes still does.
+    weights = gate_weights(gates, rule)  # (B, 4, 4, H, W)
+    # Δ P: [ours] mean or product; SPN's maximum is not linear, there would be no G.
+    apply = mean_of_scans if scans == "mean" else scans_in_sequence
+    # Δ P: [cited: SPN] more than one pass with the same gates; [ours] each is read as an E-step.
+    return apply(values, weights, passes)
+
+
+def mean_of_scans(values: Tensor, weights: Tensor, passes: int) -> Tensor:
+    """`propagate` with G = (G1 + G2 + G3 + G4) / 4; weights (B, 4, 4, H, W) of `gate_weights`."""
     batch, _, height, width = values.shape
     side = max(height, width)
     square = (0, side - width, 0, side - height)  # what to add: zeros, which feed nothing
-    weights = F.pad(gate_weights(gates, rule), square).unbind(1)
-    # Δ P: [ours] one G for all classes: a map that sums to 1 over classes still does.
+    weights = F.pad(weights, square).unbind(1)
     neighbours, own = to_lines(*weights).split((3, 1), dim=1)  # (M, 3, J), (M, 1, J)
-    # Δ P: [cited: SPN] more than one pass with the same gates; [ours] each is read as an E-step.
     for _ in range(passes):
         whole = F.pad(values, square)
         lines = Scan.apply(own * to_lines(whole, whole, whole, whole), neighbours)  # (M, C, J)
         right, left, down, up = lines.unflatten(2, (4, batch, side)).unbind(2)  # (M, C, B, M)
         columns, rows = right + left.flip(0), down + up.flip(0)
-        # Δ P: [ours] their mean; SPN's maximum is not linear, there would be no G.
         values = (columns.permute(2, 1, 3, 0) + rows.permute(2, 1, 0, 3)) / 4
         values = values[..., :height, :width]
+    return values
+
+
+def scans_in_sequence(values: Tensor, weights: Tensor, passes: int) -> Tensor:
+    """`propagate` with G = G4 G3 G2 G1: to the right, of that to the left, then down, then up.
+
+    One pass can fill an object from any part of it. In the mean, what a scan brings to a pixel is
+    a quarter there: the other three did not bring it.
+    """
+
+    def lines_of(maps: Tensor) -> Tensor:
+        """(B, C, M, L) -> (M, C, J): M lines of length L, of all pictures end to end, J = B L."""
+        return maps.transpose(0, 2).flatten(2)
+
+    right, left, down, up = weights.unbind(1)
+    columns = lines_of(right.mT), lines_of(left.mT).flip(0)
+    rows = lines_of(down), lines_of(up).flip(0)
+    for _ in range(passes):
+        for pair in (columns, rows):
+            values = values.mT  # (B, C, W, H), and back
+            lines = lines_of(values)
+            for weight in pair:
+                neighbours, own = weight.split((3, 1), dim=1)  # (M, 3, J), (M, 1, J)
+                # The first line becomes the last: the opposite scan's first. It turns them back.
+                lines = Scan.apply(own * lines, neighbours).flip(0)
+            values = lines.unflatten(2, (len(values), -1)).transpose(0, 2)
     return values
 
 
@@ -367,8 +405,8 @@ def gate_weights(gates: Tensor, rule: str = "softmax") -> Tensor:
 def to_lines(right: Tensor, left: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Four maps (B, C, M, M), one for each scan -> M lines (M, C, J) in the order of scanning.
 
-    All scans run in one loop. A line is a column for `right` and `left`, a row for `down` and `up`;
-    those of all scans and pictures lie end to end, J = 4 B M.
+    For the mean all scans run in one loop. A line is a column for `right` and `left`, a row for
+    `down` and `up`; those of all scans and pictures lie end to end, J = 4 B M.
     """
     columns, rows = (3, 1, 0, 2), (2, 1, 0, 3)  # -> (M, C, B, M)
     right, left = right.permute(columns), left.permute(columns).flip(0)
@@ -417,7 +455,9 @@ class Scan(torch.autograd.Function):
         return d, F.pad(slopes, (0, 0, 0, 0, 1, 0))  # the first line has no gates
 
 
-def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
+def energy(
+    values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax", scans: str = "mean"
+) -> Tensor:
     """J(α) = 1/2 sum over i, j of G_ij (α_i - α_j)^2, summed over classes, without an N x N matrix:
 
         1/2 sum over i of [α_i^2 - 2 α_i (G α)_i + (G α^2)_i]        (rows of G sum to 1)
@@ -428,7 +468,8 @@ def energy(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax"
     # that is not symmetric, α^T (I - G) α can be.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     squares = values.square()
-    mean, mean_square = propagate(torch.cat([values, squares], 1), gates, passes, rule).chunk(2, 1)
+    both = torch.cat([values, squares], dim=1)
+    mean, mean_square = propagate(both, gates, passes, rule, scans).chunk(2, dim=1)
     return (squares - 2 * values * mean + mean_square).sum(dim=(1, 2, 3)) / 2
 
 
@@ -479,6 +520,7 @@ def smoothness_loss(
     passes: int = 1,
     generator: torch.Generator | None = None,
     rule: str = "softmax",
+    scans: str = "mean",
 ) -> Tensor:
     """L_s = ||G - G_s||^2 [paper], Frobenius norm, G with all passes; a mean over the batch.
 
@@ -493,7 +535,7 @@ def smoothness_loss(
     # On the CPU the same signs for every device.
     coins = torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8)
     signs = (2 * coins - 1).to(gates)  # z, a constant: the gradient reaches the gates alone
-    moved = propagate(signs, gates, passes, rule)  # G z
+    moved = propagate(signs, gates, passes, rule, scans)  # G z
     return (moved - project(moved, segments, count)).square().mean()
 
 
@@ -670,15 +712,16 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
     view = partial(crop_view, cfg.crop_size, cfg.stride)
     batches = iter(maps.loader(run, steps, view, "superpixels", f"mined{t}", f"unary{t}"))
+    form = dict(rule=cfg.rule, scans=cfg.scans)  # of G
     for step in run.loop(steps):
         images, segments, mined, probs = run.to_device(next(batches))  # α^u: a constant
         with run.autocast():
             gates = trained(images).float()  # (B, 4, 4, h, w)
-        refined = propagate(probs, gates, cfg.passes, cfg.rule)  # α^p = G α^u
+        refined = propagate(probs, gates, cfg.passes, **form)  # α^p = G α^u
         # Δ P: [ours] at the pixels that were mined, of α^p enlarged, bilinearly.
         loss_affinity = affinity_loss(at_pixels(refined, cfg.stride), mined)
         cells = at_cells(segments, cfg.stride)
-        smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, rule=cfg.rule)
+        smooth = smoothness_loss(gates, cells, maps.count, cfg.probes, cfg.passes, **form)
         loss = loss_affinity + cfg.lam * smooth  # L_α + λ L_s
         descend(run, loss, optimizer, schedule)
         run.log(step, loss_affinity=loss_affinity, loss_smooth=smooth)
@@ -690,15 +733,16 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
 @torch.no_grad()
 def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[str, float]:
     """α^p = G_t α^u; its likeliest classes are what f_{t+1} learns [paper's Fig. 2]."""
+    form = dict(rule=cfg.rule, scans=cfg.scans)  # of G
     energies = torch.zeros(1, 2, device=run.device)  # of α^u and of α^p
     for indices, images, tags, probs, mined in maps.each(run, f"unary{t}", f"mined{t}"):
         # Δ P: [ours] --clamp.
         start = clamped(probs, pad(mined, cfg.stride), cfg.stride) if cfg.clamp else probs
         gates = net(images)
-        refined = propagate(start, gates, cfg.passes, cfg.rule)  # α^p = G α^u
+        refined = propagate(start, gates, cfg.passes, **form)  # α^p = G α^u
         refined = mask_tags(refined.clamp(min=0.0), tags)  # `abs` can give less than 0
         # J of a single pass's G, before and after; nothing forces it down.
-        energies += torch.stack([energy(a, gates, rule=cfg.rule).sum() for a in (probs, refined)])
+        energies += torch.stack([energy(a, gates, **form).sum() for a in (probs, refined)])
         maps.write_batch(f"refined{t}", indices, refined)
         enlarged = at_pixels(refined.half().float(), cfg.stride)  # of what is stored
         height, width = mined.shape[1:]

@@ -215,7 +215,8 @@ def region_floor(run: Run, batch: list[Tensor]) -> None:
 
 def pairwise_floor(run: Run, batch: list[Tensor]) -> None:
     images, *_, probs = batch
-    propagate = partial(sys.modules["ial"].propagate, passes=run.cfg.passes, rule=run.cfg.rule)
+    form = {name: getattr(run.cfg, name) for name in ("passes", "rule", "scans")}
+    propagate = partial(sys.modules["ial"].propagate, **form)
 
     def refined(images: Tensor) -> Tensor:
         gates = run.net(images).float()

@@ -17,6 +17,7 @@ from common.slic import UNITS, grid_shape, slic, to_lab
 
 H, W, N = 5, 6, 30
 RULES = ["softmax", "abs"]
+SCANS = ["mean", "sequence"]
 
 
 def tensor(*shape):
@@ -29,11 +30,11 @@ def gates_for(*shape, scale=1.5):
     return scale * tensor(batch, 4, 4, height, width)
 
 
-def dense(gates, passes=1, rule="softmax"):
+def dense(gates, passes=1, rule="softmax", scans="mean"):
     """G (N, N) of the first picture: column j is the response to an impulse at pixel j."""
     height, width = gates.shape[-2:]
     impulses = torch.eye(height * width, dtype=gates.dtype).view(1, -1, height, width)
-    return ial.propagate(impulses, gates[:1], passes, rule)[0].flatten(1).T
+    return ial.propagate(impulses, gates[:1], passes, rule, scans)[0].flatten(1).T
 
 
 def only(direction, gates):
@@ -68,11 +69,11 @@ def same_gradients(ours, expected, inputs, tolerance=1e-10):
 # --- propagation ---
 
 
-def by_pixel(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softmax") -> Tensor:
+def by_pixel(values, gates, passes=1, rule="softmax", scans="mean") -> Tensor:
     """`propagate`, pixel by pixel as the recurrence is written."""
     height, width = values.shape[2:]
     for _ in range(passes):
-        scans = []
+        scanned = []
         for direction in range(4):
             behind = 1 if direction in (1, 3) else -1  # right to left and bottom to top
             rows, columns = range(height)[::-behind], range(width)[::-behind]
@@ -93,8 +94,9 @@ def by_pixel(values: Tensor, gates: Tensor, passes: int = 1, rule: str = "softma
                 for k, weight in zip(found, weights, strict=True):
                     h[r, c] = h[r, c] + weight * h[places[k]]
             lines = [torch.stack([h[r, c] for c in range(width)], dim=2) for r in range(height)]
-            scans.append(torch.stack(lines, dim=2))
-        values = sum(scans) / 4
+            scanned.append(torch.stack(lines, dim=2))
+            values = scanned[-1] if scans == "sequence" else values
+        values = sum(scanned) / 4 if scans == "mean" else values
     return values
 
 
@@ -119,9 +121,39 @@ def weights_of(z: Tensor, found: list[int], rule: str) -> list[Tensor]:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(4, 4), (3, 6), (6, 3), (1, 5), (5, 1), (1, 1)])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_propagate_is_the_loop_over_pixels(rule, shape, passes):
+@pytest.mark.parametrize("scans", SCANS)
+def test_propagate_is_the_loop_over_pixels(rule, shape, passes, scans):
     inputs = tensor(2, 3, *shape).requires_grad_(), gates_for(2, *shape).requires_grad_()
-    same_gradients(*(f(*inputs, passes, rule) for f in (ial.propagate, by_pixel)), inputs)
+    same_gradients(*(f(*inputs, passes, rule, scans) for f in (ial.propagate, by_pixel)), inputs)
+
+
+def dense_scan(gates, direction, rule):
+    """G_d of one picture from its definition: h = own x + W h, hence h = (I - W)^-1 own x."""
+    height, width = gates.shape[-2:]
+    behind, size = 1 if direction in (1, 3) else -1, height * width
+    own, links = eye(size), 0 * eye(size)
+    for r, c in product(range(height), range(width)):
+        near = [(r + k, c + behind) if direction < 2 else (r + behind, c + k) for k in (-1, 0, 1)]
+        found = [k for k, (y, x) in enumerate(near) if 0 <= y < height and 0 <= x < width]
+        *shares, kept = weights_of(gates[:1, direction, :, r, c], found, rule)
+        pixel = r * width + c
+        own[pixel, pixel] = kept.item()
+        for k, share in zip(found, shares, strict=True):
+            links[pixel, near[k][0] * width + near[k][1]] = share.item()
+    return torch.linalg.solve(eye(size) - links, own)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [(H, W), (6, 3), (4, 4), (1, 5)])
+def test_g_is_the_mean_of_four_matrices_or_their_product(rule, shape):
+    gates = gates_for(1, *shape)
+    first, second, third, fourth = (dense_scan(gates, direction, rule) for direction in range(4))
+    matrices = dict(mean=(first + second + third + fourth) / 4)
+    matrices["sequence"] = fourth @ third @ second @ first  # to the right first
+    for scans, matrix in matrices.items():
+        for passes in (1, 2, 3):
+            expected = torch.linalg.matrix_power(matrix, passes)
+            close(dense(gates, passes, rule, scans), expected)
 
 
 def test_the_benchmark_compares_equals():
@@ -130,10 +162,11 @@ def test_the_benchmark_compares_equals():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_identity_minus_g_is_a_laplacian(rule):
+@pytest.mark.parametrize("scans", SCANS)
+def test_identity_minus_g_is_a_laplacian(rule, scans):
     """Rows of G sum to 1; under softmax all its entries are positive: four scans reach all."""
     for passes in (1, 2):
-        matrix = dense(gates_for(), passes, rule)
+        matrix = dense(gates_for(), passes, rule, scans)
         close(matrix.sum(1), 1.0)
         laplacian = eye() - matrix
         close(laplacian.diagonal(), -(laplacian - torch.diag(laplacian.diagonal())).sum(1))
@@ -141,22 +174,24 @@ def test_identity_minus_g_is_a_laplacian(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_constant_maps_stay_and_probabilities_sum_to_one(rule):
+@pytest.mark.parametrize("scans", SCANS)
+def test_constant_maps_stay_and_probabilities_sum_to_one(rule, scans):
     gates = gates_for(2, H, W)
-    close(ial.propagate(torch.full((2, 1, H, W), 0.7).double(), gates, 2, rule), 0.7, 1e-7)
-    probs = ial.propagate(tensor(2, 4, H, W).softmax(1), gates, 2, rule)
+    close(ial.propagate(torch.full((2, 1, H, W), 0.7).double(), gates, 2, rule, scans), 0.7, 1e-7)
+    probs = ial.propagate(tensor(2, 4, H, W).softmax(1), gates, 2, rule, scans)
     close(probs.sum(1), 1.0)
     assert rule == "abs" or ((probs >= 0) & (probs <= 1)).all()
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_propagation_is_linear_and_is_g(rule):
+@pytest.mark.parametrize("scans", SCANS)
+def test_propagation_is_linear_and_is_g(rule, scans):
     gates, first, second = gates_for(), tensor(1, 3, H, W), tensor(1, 3, H, W)
-    whole = ial.propagate(2 * first - 3 * second, gates, 2, rule)
-    parts = [ial.propagate(v, gates, 2, rule) for v in (first, second)]
+    whole = ial.propagate(2 * first - 3 * second, gates, 2, rule, scans)
+    parts = [ial.propagate(v, gates, 2, rule, scans) for v in (first, second)]
     close(whole, 2 * parts[0] - 3 * parts[1])
-    once = dense(gates, 1, rule)
-    close(dense(gates, 2, rule), once @ once)
+    once = dense(gates, 1, rule, scans)
+    close(dense(gates, 2, rule, scans), once @ once)
     close(whole[0].flatten(1), (2 * first - 3 * second)[0].flatten(1) @ (once @ once).T)
 
 
@@ -168,6 +203,12 @@ def test_opposite_scans_mirror_each_other(rule):
     ours = ial.propagate(values, gates, 1, rule)
     close(ial.propagate(values.flip(3), mirrored, 1, rule), ours.flip(3))
     close(ial.propagate(values.mT, gates.mT[:, [2, 3, 0, 1]], 1, rule), ours.mT)
+
+
+def test_scans_where_all_stays_leave_a_sequence_as_it_is():
+    for direction in range(4):
+        gates = only(direction, gates_for())
+        close(dense(gates, scans="sequence"), 4 * dense(gates) - 3 * eye())
 
 
 def test_a_scan_hears_only_what_lies_behind():
@@ -203,6 +244,37 @@ def test_a_wall_lets_nothing_through():
     assert (ial.propagate(step, gates, 1) - step).abs().max() > 0.1
 
 
+def ideal_gates(inside, head):
+    """Open inside a region and outside, closed at its border; what is known keeps its own value."""
+    height, width = inside.shape
+    gates, outer = tensor(1, 4, 4, height, width).zero_(), F.pad(inside[None].float(), (1, 1, 1, 1))
+    for direction, k in product(range(4), range(3)):
+        behind = 2 if direction in (1, 3) else 0  # in `outer`, whose places are one further
+        top, left = (k, behind) if direction < 2 else (behind, k)
+        source = outer[0, top : top + height, left : left + width].bool()
+        gates[0, direction, k][source != inside] = -1e3
+    gates[:, :, 3] = torch.where(head, 1e3, -4.0)
+    return gates
+
+
+@pytest.mark.parametrize("left", [4, 13, 22])  # the bar's left end, its middle, its right end
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_pass_in_sequence_fills_a_bar_of_which_the_mean_fills_half(left, upright):
+    """6 x 24 cells, of which 6 x 6 are known; the others are background, with 90 %."""
+    inside, head = torch.zeros(2, 14, 32, dtype=torch.bool)
+    inside[4:10, 4:28], head[4:10, left : left + 6] = True, True
+    inside, head = (inside.T, head.T) if upright else (inside, head)
+    bar = torch.where(head, 1.0, torch.where(inside, 0.1, 0.0)).double()
+    values, gates = torch.stack([1 - bar, bar])[None], ideal_gates(inside, head)
+
+    def iou(passes, scans):
+        filled = ial.propagate(values, gates, passes, scans=scans)[0].argmax(dim=0).bool()
+        return ((filled & inside).sum() / (filled | inside).sum()).item()
+
+    assert iou(1, "sequence") == iou(2, "sequence") == 1
+    assert iou(2, "mean") == pytest.approx(0.5 if left == 13 else 0.375)
+
+
 def test_abs_with_positive_gates_ignores_the_inside():
     gates, inside = gates_for().abs() + 0.1, torch.zeros(H, W, dtype=torch.bool)
     inside[1:-1, 1:-1] = True
@@ -213,9 +285,10 @@ def test_abs_with_positive_gates_ignores_the_inside():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(3, 4), (3, 3)])
-def test_gradients_are_the_numerical_ones(rule, shape):
+@pytest.mark.parametrize("scans", SCANS)
+def test_gradients_are_the_numerical_ones(rule, shape, scans):
     inputs = tensor(1, 2, *shape).requires_grad_(), gates_for(1, *shape).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, z: ial.propagate(x, z, 2, rule), inputs)
+    assert torch.autograd.gradcheck(lambda x, z: ial.propagate(x, z, 2, rule, scans), inputs)
 
 
 def test_gradients_go_where_they_are_asked_for():
@@ -243,11 +316,13 @@ def test_half_precision_is_raised():
 def test_propagation_leaves_its_inputs_alone():
     values, gates = tensor(1, 2, H, W), gates_for()
     copies = values.clone(), gates.clone()
-    for rule in RULES:
-        ial.propagate(values, gates, 2, rule)
+    for rule, scans in product(RULES, SCANS):
+        ial.propagate(values, gates, 2, rule, scans)
     assert torch.equal(values, copies[0]) and torch.equal(gates, copies[1])
     with pytest.raises(ValueError, match="softmax"):
         ial.propagate(values, gates, 1, "max")
+    with pytest.raises(ValueError, match="sequence"):
+        ial.propagate(values, gates, scans="max")
 
 
 # --- energy ---
@@ -255,11 +330,12 @@ def test_propagation_leaves_its_inputs_alone():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("passes", [1, 2])
-def test_energy_is_the_sum_over_pairs(rule, passes):
+@pytest.mark.parametrize("scans", SCANS)
+def test_energy_is_the_sum_over_pairs(rule, passes, scans):
     values, gates = tensor(2, 3, H, W), gates_for(2, H, W)
-    ours = ial.energy(values, gates, passes, rule)
+    ours = ial.energy(values, gates, passes, rule, scans)
     for b in range(2):
-        matrix, columns = dense(gates[b : b + 1], passes, rule), values[b].flatten(1)
+        matrix, columns = dense(gates[b : b + 1], passes, rule, scans), values[b].flatten(1)
         pairs = (
             matrix[i, j] * (columns[:, i] - columns[:, j]).square().sum()
             for i, j in product(range(N), range(N))
@@ -271,14 +347,15 @@ def test_energy_is_the_sum_over_pairs(rule, passes):
         assert rule == "abs" or torch.linalg.eigvalsh(laplacian).min() > -1e-12
 
 
-def test_energy_falls_when_a_map_is_propagated():
+@pytest.mark.parametrize("scans", SCANS)
+def test_energy_falls_when_a_map_is_propagated(scans):
     """No theorem for a G that is not symmetric, but so in every trial."""
     for _ in range(50):
         gates, values = gates_for(4, H, W), tensor(4, 3, H, W).softmax(1)
         for _ in range(3):
-            before = ial.energy(values, gates)
-            values = ial.propagate(values, gates)
-            after = ial.energy(values, gates)
+            before = ial.energy(values, gates, scans=scans)
+            values = ial.propagate(values, gates, scans=scans)
+            after = ial.energy(values, gates, scans=scans)
             assert (after >= 0).all() and (after < before).all()
 
 
@@ -334,24 +411,25 @@ def test_labels_of_superpixels_are_painted_and_found_again():
     assert torch.equal(ial.of_segments(painted, segments, 5), labels)
 
 
-def dense_smoothness(gates, segments, passes=1, rule="softmax"):
+def dense_smoothness(gates, segments, passes=1, rule="softmax", scans="mean"):
     """||(I - P) G||^2 / N, a mean over the batch."""
     total = 0.0
     for b in range(len(gates)):
-        matrix = dense(gates[b : b + 1], passes, rule)
+        matrix = dense(gates[b : b + 1], passes, rule, scans)
         total = total + (matrix - dense_p(segments[b : b + 1]) @ matrix).square().mean(0).sum()
     return total / len(gates)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("passes", [1, 2])
-def test_smoothness_over_all_sign_maps_is_exact(rule, passes, monkeypatch):
+@pytest.mark.parametrize("scans", SCANS)
+def test_smoothness_over_all_sign_maps_is_exact(rule, passes, scans, monkeypatch):
     """The estimate's mean over the 2^6 sign maps of six pixels, and its gradient."""
     gates, segments = gates_for(2, 2, 3).requires_grad_(), some_segments(2, 3, 2, 3)
     signs = torch.tensor(list(product((0, 1), repeat=6)), dtype=torch.int8).view(64, 2, 3)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: signs.expand(2, 64, 2, 3))
-    ours = ial.smoothness_loss(gates, segments, 3, 64, passes, rule=rule)
-    same_gradients(ours, dense_smoothness(gates, segments, passes, rule), (gates,))
+    ours = ial.smoothness_loss(gates, segments, 3, 64, passes, rule=rule, scans=scans)
+    same_gradients(ours, dense_smoothness(gates, segments, passes, rule, scans), (gates,))
 
 
 def test_smoothness_estimate_has_no_bias():

@@ -143,7 +143,8 @@ class Maps:
 
         `name` is the mIoU where labels are known. Precision: the share of pixels given to
         foreground (fg), to background (bg), that are right; coverage: of their true pixels the
-        share that is labelled.
+        share that is labelled; area: of pixels that are labelled, those given to foreground for
+        each that is true foreground.
         """
         (counts,) = self._confusions(run, kind, lambda stored, size: [self.labels(stored, size)])
         known, total = counts[:, :-1], counts.sum(dim=1)  # (C, C), (C,)
@@ -154,6 +155,7 @@ class Maps:
             f"{name}_bg_precision": (hits[0] / known[:, 0].sum()).item(),
             f"{name}_fg_coverage": (known[1:].sum() / total[1:].sum()).item(),
             f"{name}_bg_coverage": (known[0].sum() / total[0]).item(),
+            f"{name}_fg_area": (known[:, 1:].sum() / known[1:].sum()).item(),
         }
 
     def best_threshold(self, run: Run, kind: str, levels: Sequence[float] = LEVELS) -> float:

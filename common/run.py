@@ -275,8 +275,8 @@ class Run:
         tqdm.write(f"step {done}/{self.total}  mIoU {100 * self.miou:.2f}{shown}")
 
     def note(self, step: int, stage: str, **figures: float) -> None:
-        """A line of the log, and on the screen; a figure that is NaN could not be measured."""
-        figures = {name: None if math.isnan(v) else float(v) for name, v in figures.items()}
+        """A line of the log, and on the screen; one that is not finite could not be measured."""
+        figures = {name: float(v) if math.isfinite(v) else None for name, v in figures.items()}
         if self.rank == 0:
             self._write_log({"step": step + 1, "stage": stage, **figures})
             shown = "  ".join(f"{name} {v:.4g}" for name, v in figures.items() if v is not None)

@@ -102,9 +102,10 @@ def test_a_run_leaves_a_line_for_each_stage(whole):
     others = [["cam"], [], [], ["energy_unary", "energy_refined"], []]
     for line, maps, other in zip(lines.values(), kinds, others, strict=True):
         shares = {kind + part for kind in maps for part in parts}
+        other += [f"{kind}_fg_area" for kind in maps]
         assert line.keys() == {"step", "stage", *other, *shares}
         assert all(line[share] is None or 0 <= line[share] <= 1 for share in shares)
-        assert all(line[name] >= 0 for name in other)
+        assert all(line[name] is None or line[name] >= 0 for name in other)
     steps = [line for line in logged(folder) if "stage" not in line and "miou" not in line]
     losses = [name for name in ("tags", "unary", "region", "affinity", "unary") for _ in range(2)]
     assert all(math.isfinite(line[f"loss_{n}"]) for n, line in zip(losses, steps, strict=True))
@@ -520,9 +521,10 @@ def test_quality_counts_what_is_labelled_and_right(tmp_path):
         maps.write("labels", index, torch.tensor(values))
     ours = maps.quality(ALONE, "it", "labels")
     # Labelled: class 0 is right 3 + 7 times, taken for 1 once, for 2 once; class 1 is right once,
-    # taken for 2 once; class 2 is right twice, taken for 0 once.
+    # taken for 2 once; class 2 is right twice, taken for 0 once. So 6 of foreground, 5 truly.
     expected = dict(it=(10 / 13 + 1 / 3 + 2 / 5) / 3, it_fg_precision=3 / 6)
     expected |= dict(it_bg_precision=10 / 11, it_fg_coverage=5 / 7, it_bg_coverage=12 / 16)
+    expected |= dict(it_fg_area=6 / 5)
     assert ours == pytest.approx(expected)
     maps.pairs = [(image, None) for image, _ in maps.pairs]
     unknown = maps.quality(ALONE, "it", "labels")

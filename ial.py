@@ -87,6 +87,7 @@ class Config(RunConfig):
     segment_size: Count = 6  # side of a superpixel in pixels, about
     compactness: float = 20.0  # of superpixels: weight of place against colour
     share: Share = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
+    balance: bool = True  # classes weigh the same in L_m: ours; else regions do (paper)
     mining: Literal["relabel", "agree", "rule80"] = "relabel"  # ours; the review's; without f^m
     tau: Share = 0.7  # τ: confidence of a mined region; ours, where the colours of Fig. 4 part
     stride: Count = 2  # side of a cell in pixels: maps are propagated from cell to cell
@@ -246,7 +247,7 @@ class RegionNet(nn.Module):
         return self.head(segment_mean(features, segments, count)[0])
 
 
-def region_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def region_loss(logits: Tensor, labels: Tensor, balance: bool = True) -> Tensor:
     """L_m = -Σ L_ij log f^m(S_ij) [paper] over the regions whose label is known; 0 without any.
 
     logits (B, S, C) of f^m, labels (B, S), 255 unknown -> ().
@@ -255,8 +256,11 @@ def region_loss(logits: Tensor, labels: Tensor) -> Tensor:
     onehot = F.one_hot(labels.clamp(max=kinds), kinds + 1)[..., :kinds]  # (B, S, C), 0 of 255
     losses = -(onehot * logits.float().log_softmax(dim=2)).sum(dim=(0, 1))  # (C,)
     sizes = onehot.sum(dim=(0, 1))
-    # Δ P: [ours] the mean over classes of the mean over a class's regions: most are background.
-    return (losses / sizes.clamp(min=1)).sum() / (sizes > 0).sum().clamp(min=1)
+    # Δ P: [ours] a mean, not a sum; by default over classes, of the mean over a class's regions:
+    # most are background.
+    if balance:
+        return (losses / sizes.clamp(min=1)).sum() / (sizes > 0).sum().clamp(min=1)
+    return losses.sum() / sizes.sum().clamp(min=1)
 
 
 def mask_tags(probs: Tensor, tags: Tensor) -> Tensor:
@@ -687,7 +691,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         majority = of_segments(at_cells(painted, cfg.stride), cells, maps.count)  # (B, S)
         with run.autocast():
             logits = trained(images, cells, maps.count)  # (B, S, C)
-        loss = region_loss(logits, majority)  # L_m
+        loss = region_loss(logits, majority, cfg.balance)  # L_m
         descend(run, loss, optimizer, schedule)
         run.log(step, loss_region=loss)
     net.eval()

@@ -599,6 +599,7 @@ def test_masked_probabilities_are_those_of_the_tags():
 
 
 def test_region_loss_is_the_mean_over_classes_of_means_over_regions():
+    """Unbalanced, the mean over regions: cross-entropy."""
     logits = tensor(2, 9, 4).requires_grad_()
     labels = torch.tensor([[0, 0, 0, 0, 2, 255, 0, 0, 2], [255, 0, 3, 0, 0, 0, 0, 255, 0]])
     means = []
@@ -606,9 +607,13 @@ def test_region_loss_is_the_mean_over_classes_of_means_over_regions():
         own = [(b, s) for b, s in product(range(2), range(9)) if labels[b, s] == kind]
         means.append(sum(-logits[b, s].log_softmax(0)[kind] for b, s in own) / len(own))
     same_gradients(ial.region_loss(logits, labels).double(), sum(means) / 3, (logits,), 1e-6)
-    nothing = ial.region_loss(logits, torch.full_like(labels, VOID))
-    nothing.backward()
-    assert nothing == 0 and (logits.grad == 0).all()
+    ours = ial.region_loss(logits, labels, balance=False).double()
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=VOID)
+    same_gradients(ours, plain, (logits,), 1e-6)
+    for balance in (True, False):
+        nothing = ial.region_loss(logits, torch.full_like(labels, VOID), balance)
+        nothing.backward()
+        assert nothing == 0 and (logits.grad == 0).all()
 
 
 # --- the affinity loss ---

@@ -28,8 +28,9 @@ Stage               reads, beside the pictures             writes: labels at pix
     train_unary     tags, superpixels, seeds or labels     unary°, majority
     mine_regions    tags, superpixels, majority            mined
     train_pairwise  superpixels, mined, unary°             (the network g_t)
-    refine          tags, unary°, mined (for --clamp)      refined°, labels
-All of round t, but for labels, which are those of round t - 1.
+    refine          tags, unary°                           refined°, labels
+All of round t, but for labels, which are those of round t - 1. refine reads also what two flags ask
+for: mined (--clamp), superpixels (--project).
 
 Choices that change results, all [ours]: gates are a softmax, and G is the mean of four scans where
 SPN takes their maximum, so that G is a matrix whose rows sum to 1; G_s = P G; mining relabels;
@@ -97,6 +98,7 @@ class Config(RunConfig):
     lam: float = 0.3  # λ, weight of the smoothness loss
     probes: Count = 2  # R, random maps that estimate it
     clamp: bool = False  # propagate mined labels where there are any: ours, not the paper's
+    project: bool = False  # labels are those of P G α^u, means over superpixels: ours
 
 
 # Δ P: [ours] lengths and rates, one rate for all layers; crops of 320 pixels. The classifier's
@@ -739,7 +741,8 @@ def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[
     """α^p = G_t α^u; its likeliest classes are what f_{t+1} learns [paper's Fig. 2]."""
     form = dict(rule=cfg.rule, scans=cfg.scans)  # of G
     energies = torch.zeros(1, 2, device=run.device)  # of α^u and of α^p
-    for indices, images, tags, probs, mined in maps.each(run, f"unary{t}", f"mined{t}"):
+    kinds = "superpixels", f"unary{t}", f"mined{t}"
+    for indices, images, tags, segments, probs, mined in maps.each(run, *kinds):
         # Δ P: [ours] --clamp.
         start = clamped(probs, pad(mined, cfg.stride), cfg.stride) if cfg.clamp else probs
         gates = net(images)
@@ -749,9 +752,13 @@ def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[
         energies += torch.stack([energy(a, gates, **form).sum() for a in (probs, refined)])
         maps.write_batch(f"refined{t}", indices, refined)
         enlarged = at_pixels(refined.half().float(), cfg.stride)  # of what is stored
-        height, width = mined.shape[1:]
-        labels = enlarged.argmax(dim=1)[:, :height, :width]
-        maps.write_batch(f"labels{t}", indices, labels)
+        height, width = segments.shape[1:]
+        enlarged = enlarged[..., :height, :width]
+        if cfg.project:
+            # Δ P: [ours] --project: α^p = P G α^u. L_s pulls G towards P G, this goes all the way.
+            # P is that of the pixels: a cell at an edge lies on both sides, and its mean hides it.
+            enlarged = project(enlarged, segments, maps.count)
+        maps.write_batch(f"labels{t}", indices, enlarged.argmax(dim=1))
     before, after = (run.gather(energies).sum(dim=0) / len(maps.names)).tolist()
     logged = dict(energy_unary=before, energy_refined=after)
     return maps.quality(run, "refined", f"labels{t}") | logged

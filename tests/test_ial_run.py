@@ -23,7 +23,7 @@ from common import deeplab
 from common.augment import normalise
 from common.layouts import voc_colors
 from common.losses import VOID
-from common.maps import Maps, pad
+from common.maps import Maps, at_pixels, pad
 from common.run import InputError, Run
 from common.tags import load_tagged
 
@@ -311,6 +311,38 @@ def test_clamping_changes_what_is_refined_alone(whole, data, tmp_path):
     ours, expected = files(tmp_path), files(whole[0])
     changed = {path.split("/")[0] for path in ours if ours[path] != expected[path]}
     assert "refined1" in changed <= {"refined1", "labels1", "unary2", "majority2"}
+
+
+def test_projected_labels_are_those_of_means_over_superpixels(whole, data, tmp_path):
+    """The stored probabilities are as they were: G α^u at the cells."""
+    run(tmp_path, data, project=True)
+    ours, expected = files(tmp_path), files(whole[0])
+    changed = {path.split("/")[0] for path in ours if ours[path] != expected[path]}
+    assert "labels1" in changed <= {"labels1", "unary2", "majority2"}
+    maps = maps_of(tmp_path, data)
+    for index in range(5):
+        probs = at_pixels(maps.read("refined1", index)[None], 2)[0, :, :37, :45]
+        labels, segments = maps.read("labels1", index), maps.read("superpixels", index)
+        for inside in (segments == s for s in segments.unique()):
+            assert (labels[inside] == probs[:, inside].mean(dim=1).argmax()).all()
+
+
+def test_every_propagation_of_a_run_obeys_its_flags(data, tmp_path, monkeypatch):
+    """All passes, but for the energies, which are those of a single one."""
+    seen, propagate = [], ial.propagate
+
+    def noted(values, gates, passes=1, rule="softmax", scans="mean"):
+        seen.append((torch.is_grad_enabled(), (passes, rule, scans)))
+        return propagate(values, gates, passes, rule, scans)
+
+    monkeypatch.setattr(ial, "propagate", noted)
+    for rule, scans in (("softmax", "mean"), ("softmax", "sequence"), ("abs", "sequence")):
+        seen.clear()
+        run(tmp_path / (rule + scans), data, rule=rule, scans=scans, passes=3)
+        learnt = [form for learning, form in seen if learning]
+        assert learnt == [(3, rule, scans)] * 4  # L_α and L_s, two steps
+        refined = [form for learning, form in seen if not learning]
+        assert refined == [(3, rule, scans), (1, rule, scans), (1, rule, scans)]
 
 
 def test_masks_are_not_read_but_for_scores(whole, data, tmp_path):

@@ -59,8 +59,9 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(method="direct", eval_window=48),
         dict(method="unary", amp="auto"),
         dict(method="cam"),
-        dict(mining="agree", net="resnet18", clamp=True),
+        dict(mining="agree", net="resnet18", clamp=True, balance=False),
         dict(mining="rule80", rule="abs", stride=4, amp="bf16"),
+        dict(scans="sequence", project=True),
     ],
 }
 REFUSED = {  # flags that a script cannot take, the first of which is at fault

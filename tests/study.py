@@ -114,7 +114,7 @@ def prepare(home: Path, photographs: Path) -> None:
 # --- the grid ---
 
 # A small network on small pictures: what can be learned from all labels is learned in minutes.
-NETWORK = "--dataset folder --backbone resnet18 --width 64 --batch-size 16"
+NETWORK = "--dataset folder --backbone resnet18 --width 64 --batch-size 16 --workers 0"
 STARTS = {"start": "--weights data/start.pt", "nothing": "--weights none"}
 SETS = {
     "flowers": f"{NETWORK} --data-path data/flowers --iters 1000 --eval-every 200 --lr 0.03",

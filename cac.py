@@ -38,7 +38,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +48,20 @@ from torchvision.transforms import v2
 
 from common.augment import mean_pad, normalise, train_view
 from common.deeplab import DeepLabV3Plus
-from common.flags import Count, Part, Positive, SemiConfig, Share, Span
+from common.flags import (
+    Count,
+    InputError,
+    Part,
+    Positive,
+    SemiConfig,
+    Share,
+    Span,
+    refuse_silence,
+    with_recipe,
+)
 from common.losses import cross_entropy
 from common.optim import sgd_poly
-from common.run import InputError, Result, Run, main
+from common.run import Result, Run, main
 
 STRIDE = 8  # pixels: the side of a cell, for which there is one feature
 Box = tuple[int, int, int, int]  # top, left, bottom, right
@@ -436,8 +446,14 @@ def agreement(o1: Features, o2: Features, gamma: float) -> dict[str, Tensor]:
 # --- training (Sec. 4) ---
 
 
+def recipe(dataset: str, **changes: Any) -> Config:
+    """The settings of a dataset's recipe, and what is to differ: what the command line makes."""
+    return with_recipe(Config, RECIPES, dataset=dataset, **changes)
+
+
 def check_flags(cfg: Config) -> None:
     """Raise InputError for flags of this script that do not go together."""
+    refuse_silence(cfg, RECIPES)
     for name in ("scales", "pair_scales"):
         low, flag = getattr(cfg, name)[0], name.replace("_", "-")
         if low * cfg.base_size < STRIDE:

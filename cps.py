@@ -37,7 +37,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +45,10 @@ from torch import Tensor, nn
 
 from common.augment import cutmix_masks, mix, photometry, train_view
 from common.deeplab import DeepLabV3Plus
-from common.flags import SemiConfig, Share
+from common.flags import InputError, SemiConfig, Share, refuse_silence, with_recipe
 from common.losses import VOID, cross_entropy, supervised_criterion
 from common.optim import sgd_poly
-from common.run import InputError, Result, Run, main
+from common.run import Result, Run, main
 
 Supervision = Literal["cps", "prob_l2", "prob_kl", "mean_teacher", "single", "pseudoseg"]
 
@@ -62,10 +62,7 @@ class Config(SemiConfig):
 
     supervision: Supervision = "cps"  # beside the labels: CPS, or an alternative of the Discussions
     cutmix: bool = True  # teach on CutMix pictures; goes with cps, single and mean_teacher
-    lam: float = 1.5  # λ of Eq. (5) without CutMix: 1.5 on VOC, 6 on Cityscapes
-    lam_cutmix: float = 2.0  # λ with CutMix: 1 on VOC, 5 on Cityscapes; 2 here is ours
-    lam_mt: float = 100.0  # mean teacher's λ without CutMix, for a mean over pixels and classes
-    lam_mt_cutmix: float = 1.0  # mean teacher's λ with CutMix: CutMix-Seg's
+    lam: float = 2.0  # λ of Eq. (5): 1 on VOC, 5 on Cityscapes, 1.5 and 6 without CutMix; 2 is ours
     # Δ PC: λ is constant in both. Networks without pretrained weights teach noise at first.
     ramp: Share = 0.15  # share of the steps over which λ rises to its value: 0 in the paper
     count_padding: bool = False  # padding of a crop gets pseudo labels and counts, as released
@@ -88,7 +85,7 @@ PAPER = dict(
     weights="IMAGENET1K_V1",
     lr=0.0025,
     weight_decay=4e-4,
-    lam_cutmix=1.0,
+    lam=1.0,
     ramp=0.0,
     scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0),
     width=256,
@@ -111,8 +108,7 @@ CITYSCAPES = PAPER | dict(
     eval_window=800,
     count_padding=True,
     weight_decay=8e-4,
-    lam=6.0,
-    lam_cutmix=5.0,
+    lam=5.0,
     ohem=True,
 )
 # Ours: VOC's rate and λ, on crops and for a number of steps that suit small sets of one's own.
@@ -123,6 +119,11 @@ RECIPES = {
     "voc": VOC,
     "cityscapes": CITYSCAPES,
 }
+for name, lam in (("shapes", 1.5), ("folder", 1.5), ("voc", 1.5), ("cityscapes", 6.0)):
+    RECIPES[f"{name} no-cutmix"] = dict(lam=lam)
+    RECIPES[f"{name} mean_teacher"] = dict(lam=1.0)  # CutMix-Seg's
+    # C's, for a mean over pixels and classes.
+    RECIPES[f"{name} mean_teacher no-cutmix"] = dict(lam=100.0)
 CONFIDENT = 0.97  # CutMix-Seg weighs its loss with the share of pixels of this confidence
 
 
@@ -260,19 +261,20 @@ def discussion_loss(
 # --- training (Sec. 4.1) ---
 
 
+def recipe(dataset: str, **changes: Any) -> Config:
+    """The settings of a dataset's recipe, and what is to differ: what the command line makes."""
+    return with_recipe(Config, RECIPES, dataset=dataset, **changes)
+
+
 def check_flags(cfg: Config) -> None:
     """Raise InputError for flags of this script that do not go together."""
+    ignored = {}
+    if cfg.supervision != "mean_teacher":
+        ignored["ema_decay"] = "without --supervision mean_teacher"
+    refuse_silence(cfg, RECIPES, **ignored)
     mixes = cfg.supervision in ("cps", "mean_teacher", "single")
     if cfg.cutmix and not mixes and not cfg.supervised_only:
         raise InputError(f"--supervision {cfg.supervision}: has no CutMix form; add --no-cutmix")
-
-
-def chosen_lambda(cfg: Config, num_classes: int) -> float:
-    """λ of Eq. (5), for CPS or the alternative that the flags choose."""
-    if cfg.supervision != "mean_teacher":  # the other alternatives' λ, of which we found nothing
-        return cfg.lam_cutmix if cfg.cutmix else cfg.lam
-    # C's 100 weighs a mean over pixels and classes; our loss sums over the K classes.
-    return cfg.lam_mt_cutmix if cfg.cutmix else cfg.lam_mt / num_classes
 
 
 def train(cfg: Config) -> Result:
@@ -308,7 +310,8 @@ def train(cfg: Config) -> Result:
     criterion = supervised_criterion(cfg.ohem, cfg.batch_size)
     # One network alone has one of Eq. (3)'s two terms.
     supervise = partial(supervised_loss, criterion=criterion) if twins else criterion
-    lam = chosen_lambda(cfg, len(data.classes))
+    # C's λ of a mean teacher weighs a mean over pixels and classes; our loss sums over the classes.
+    lam = cfg.lam / len(data.classes) if averaged and not cfg.cutmix else cfg.lam
 
     for step in run.loop():
         images_l, labels_l, valid_l = run.to_device(next(batches_l))  # valid: False on padding

@@ -44,7 +44,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,18 @@ from torchvision.ops import Conv2dNormActivation as ConvBNReLU
 
 from common.augment import normalise, random_flip, train_view
 from common.deeplab import DeepLabV3Plus, dilated_resnet
-from common.flags import Batch, Count, InputError, Positive, RunConfig, Share, Side, check_config
+from common.flags import (
+    Batch,
+    Count,
+    InputError,
+    Positive,
+    RunConfig,
+    Share,
+    Side,
+    check_config,
+    refuse_silence,
+    with_recipe,
+)
 from common.losses import VOID, cross_entropy
 from common.maps import Maps, at_pixels, pad
 from common.optim import sgd_poly
@@ -781,9 +792,33 @@ def plan(cfg: Config) -> list[tuple[str, int, range]]:
     return [(name, t, range(end - n, end)) for (name, t, n), end in zip(stages, ends, strict=True)]
 
 
+def recipe(dataset: str, **changes: Any) -> Config:
+    """The settings of a dataset's recipe, and what is to differ: what the command line makes."""
+    return with_recipe(Config, RECIPES, dataset=dataset, **changes)
+
+
+def ignored(cfg: Config) -> dict[str, str]:
+    """The fields that have no effect beside the others, and why."""
+    names = {}
+    if cfg.method != "ial":
+        unused = "balance mining tau rule scans passes lam probes clamp project".split()
+        names = dict.fromkeys(unused, f"with --method {cfg.method}")
+    if cfg.mining == "rule80":
+        names |= dict.fromkeys(["balance", "tau"], "with --mining rule80")
+    if not cfg.lam:
+        names |= {"probes": "with --lam 0"}
+    if cfg.method in ("cam", "unary"):
+        names |= {"rounds": f"with --method {cfg.method}"}
+    if cfg.method == "cam":
+        unused = "width lr scales share".split()
+        names |= dict.fromkeys(unused, "with --method cam, which trains no unary network")
+    return names
+
+
 def check_flags(cfg: Config) -> None:
     """Raise InputError for flags that cannot be right, or do not go together."""
     check_config(cfg)
+    refuse_silence(cfg, RECIPES, **ignored(cfg))
     if cfg.bg > cfg.fg:
         raise InputError(f"--bg {cfg.bg}: must not be above --fg {cfg.fg}")
     if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:

@@ -40,7 +40,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from common.augment import cutmix_masks, mix, photometry, train_view
 from common.deeplab import DeepLabV3Plus, Ensemble
-from common.flags import Count, Part, SemiConfig, Share, Span
+from common.flags import Count, Part, SemiConfig, Share, Span, refuse_silence, with_recipe
 from common.losses import supervised_criterion
 from common.metrics import evaluating
 from common.optim import sgd_poly
@@ -322,6 +322,11 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
 # --- training ---
 
 
+def recipe(dataset: str, **changes: Any) -> Config:
+    """The settings of a dataset's recipe, and what is to differ: what the command line makes."""
+    return with_recipe(Config, RECIPES, dataset=dataset, **changes)
+
+
 def decoder(network: DeepLabV3Plus) -> Callable[[Tensor], Tensor]:
     """What follows the encoding: (B, width + 48, h, w) -> logits (B, K, h, w), not upsampled."""
     return lambda encoded: network.classify(network.decode(encoded))
@@ -333,6 +338,7 @@ def train(cfg: Config) -> Result:
     With --supervised-only it is the student. Raises InputError for flags and files that cannot be
     right.
     """
+    refuse_silence(cfg, RECIPES)
     run = Run("psmt", cfg)
     data = run.load()
 

@@ -47,6 +47,7 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     Raises InputError that names the file or flag.
     """
     data = layout(dataset, data_path)
+    labeled, unlabeled = os.path.expanduser(labeled), os.path.expanduser(unlabeled)
     chosen = _choose_labeled(labeled, data.train, data.root, seed)
     for image, _ in sorted(set(chosen) & set(data.val)):
         raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
@@ -59,6 +60,7 @@ def layout(dataset: str, data_path: str) -> Data:
 
     Raises InputError where there are none.
     """
+    data_path = os.path.expanduser(data_path)
     if dataset != "shapes" and not (data_path and os.path.isdir(data_path)):
         raise InputError(f"--data-path {data_path!r}: no such folder; name the dataset's root")
     found = LAYOUTS[dataset](Path(data_path))

@@ -4,6 +4,7 @@ The output stride is 16. Two cut points serve the papers: `encode` gives the fea
 perturbs, `decode` the one that CAC contrasts; `classify` turns it into logits.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -205,6 +206,7 @@ def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
 def load_backbone(resnet: nn.Module, backbone: str, weights: str) -> None:
     """Fill a torchvision ResNet from an enum name or a file; all of it or an InputError."""
     enum = torchvision.models.get_model_weights(backbone)
+    weights = os.path.expanduser(weights)
     if weights in enum.__members__:
         try:
             state = enum[weights].get_state_dict(progress=False)

@@ -43,6 +43,8 @@ Seed = Annotated[int, Needs("below 2^32", lambda value: value < 2**32)]
 class RunConfig:
     """The flags that every script has; the values are those of the embedded dataset."""
 
+    from_recipe = False  # no field: whether `with_recipe` made it
+
     dataset: Literal["shapes", "folder", "voc", "cityscapes"] = "shapes"  # selects the recipe too
     data_path: str = ""  # the dataset's root folder; shapes needs none
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # of DeepLabv3+
@@ -74,23 +76,23 @@ class SemiConfig(RunConfig):
 
 
 def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[str]) -> RunConfig:
-    """The config of a command line: the dataset's recipe, overridden by the flags given.
+    """The config of a command line: `with_recipe` of the flags given.
 
-    recipes[f"{dataset} {labeled}"] and recipes[f"{dataset} {backbone}"] go before recipes[dataset]
-    where there are such. Fields become flags; the comment behind a field is its help. Raises
-    InputError for the user's mistakes, TypeError for those of who wrote the config.
+    Fields become flags; the comment behind a field is its help. Raises InputError for the user's
+    mistakes, TypeError for those of who wrote the config.
     """
     about = "\n\n".join(inspect.getmodule(config).__doc__.split("\n\n")[:3])  # up to the idea
     parser = _Parser(
         description=about,
-        epilog="Values in brackets are the recipe's, which --dataset (and --labeled) selects.",
+        epilog="Values in brackets are the recipe's, which --dataset and other flags select.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    helps = _comments(config)
+    helps, actions = _comments(config), []
     for field in fields(config):
-        kind, help = _plain_type(config, field), helps[field.name].replace("%", "%%")
-        options: dict[str, Any] = {"help": help + " [%(default)s]"}
+        kind = _plain_type(config, field)
+        options: dict[str, Any] = {}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
@@ -99,19 +101,66 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
             options |= {"nargs": "+", "type": get_args(kind)[0]}
         else:
             options["type"] = kind
-        parser.add_argument(_flag(field.name), default=field.default, **options)
-    choice = _Parser(add_help=False, allow_abbrev=False)
-    choice.add_argument("--dataset", default=config.dataset)
-    choice.add_argument("--labeled", default="")
-    choice.add_argument("--backbone", default="")
-    chosen = choice.parse_known_args(argv)[0]
-    for special in dict.fromkeys(("", chosen.backbone, chosen.labeled)):
-        parser.set_defaults(**recipes.get(f"{chosen.dataset} {special}".strip(), {}))
-    values = vars(parser.parse_args(argv))
-    if values["dataset"] not in recipes:
+        options["help"] = helps[field.name].replace("%", "%%")
+        actions.append(parser.add_argument(_flag(field.name), **options))
+    asked = any(word in ("-h", "--help") for word in argv)
+    given = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    cfg = with_recipe(config, recipes, **given)
+    if asked:
+        for action in actions:
+            action.help += f" [{getattr(cfg, action.dest)}]".replace("%", "%%")
+        parser.parse_args(["--help"])
+    return cfg
+
+
+def with_recipe(config: type[RunConfig], recipes: dict[str, dict], **given: Any) -> RunConfig:
+    """A config of a dataset's recipe, and of the values given, which win.
+
+    recipes[dataset] comes first; then, fewer words first, those whose name has more words, all of
+    them values of a flag, or no-FLAG for one that is off: "voc 1/4", "voc no-cutmix".
+    """
+    dataset = given.get("dataset", config.dataset)
+    if dataset not in recipes:
         known = ", ".join(name for name in recipes if " " not in name)
-        raise InputError(f"--dataset {values['dataset']}: has no recipe here; there are {known}")
-    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        raise InputError(f"--dataset {dataset}: has no recipe here; there are {known}")
+    cfg = config(**_recipe(config, recipes, recipes[dataset] | given) | given)
+    cfg.from_recipe = True
+    return cfg
+
+
+def _recipe(config: type[RunConfig], recipes: dict[str, dict], values: dict) -> dict:
+    """Of all recipes that these values select, the last value of every field that they have."""
+    values = {field.name: field.default for field in fields(config)} | values
+    words = {value for value in values.values() if isinstance(value, str)}
+    words |= {f"no-{name.replace('_', '-')}" for name, value in values.items() if value is False}
+    found: dict = {}
+    for name in sorted(recipes, key=lambda name: name.count(" ")):
+        dataset, *special = name.split()
+        if dataset == values["dataset"] and words.issuperset(special):
+            found |= recipes[name]
+    return found
+
+
+def refuse_silence(cfg: RunConfig, recipes: dict[str, dict], **ignored: str) -> None:
+    """Raise InputError for what would be ignored without a word.
+
+    That is a value given to a field that has no effect, which `ignored` says of a name and why; and
+    another dataset with all of the embedded one's settings, for want of its recipe.
+    """
+    config = type(cfg)
+    defaults = {field.name: field.default for field in fields(config)}
+    usual = defaults | _recipe(config, recipes, vars(cfg))
+    for name, reason in ignored.items():
+        value = getattr(cfg, name)
+        if value not in (usual[name], defaults[name]):
+            raise InputError(f"{_flag(name)} {value}: has no effect {reason}")
+    toy = all(getattr(cfg, name) == defaults[name] for name in ("weights", "crop_size", "lr"))
+    if toy and cfg.dataset != config.dataset and not cfg.from_recipe:
+        raise InputError(
+            f"dataset={cfg.dataset!r}: with the embedded dataset's settings; write "
+            f"recipe({cfg.dataset!r}, data_path=...) for its own"
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,6 +211,11 @@ def check_config(cfg: RunConfig) -> None:
         for words, test in needs:
             if not test(value):
                 raise InputError(f"{_flag(field.name)} {value}: must be {words}")
+    if cfg.dataset == "shapes" and cfg.data_path:
+        raise InputError(
+            f"--data-path {cfg.data_path}: --dataset shapes draws its pictures; for your own add "
+            "--dataset folder"
+        )
 
 
 def _own_needs(kind: Any) -> Needs:

@@ -14,7 +14,7 @@ from common.flags import InputError, RunConfig, SemiConfig
 def choose_folder(script: str, cfg: RunConfig) -> Path:
     """Where the run goes; an InputError when a folder given by hand holds another run."""
     if cfg.output_dir:
-        folder = Path(cfg.output_dir)
+        folder = Path(cfg.output_dir).expanduser()
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output-dir {folder}: is a file; name a folder")
         if holds_run(folder) and not cfg.resume:

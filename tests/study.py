@@ -133,9 +133,9 @@ ALL = "supervised, all labels"
 METHODS = {  # tuned on seed 9; a method's baseline stands before it
     "supervised": ("cps", "--supervised-only"),
     "CPS": ("cps", "--no-cutmix --lam 1 --ramp 0.3"),
-    "CPS + CutMix": ("cps", "--lam-cutmix 1 --ramp 0.3"),
-    "single network + CutMix": ("cps", "--supervision single --lam-cutmix 1 --ramp 0.3"),
-    "mean teacher + CutMix": ("cps", "--supervision mean_teacher --lam-mt-cutmix 10 --ramp 0.3"),
+    "CPS + CutMix": ("cps", "--lam 1 --ramp 0.3"),
+    "single network + CutMix": ("cps", "--supervision single --lam 1 --ramp 0.3"),
+    "mean teacher + CutMix": ("cps", "--supervision mean_teacher --lam 10 --ramp 0.3"),
     "supervised, PS-MT's views": ("psmt", "--supervised-only --strength 0.2"),
     "PS-MT": (
         "psmt",

@@ -173,11 +173,10 @@ def test_each_alternative_has_its_loss():
 
 
 def test_each_alternative_has_its_weight():
-    given = dict(lam=3.0, lam_cutmix=5.0, lam_mt=70.0, lam_mt_cutmix=11.0)
-    for kind, plain, mixed in (("cps", 3, 5), ("single", 3, 5), ("mean_teacher", 10, 11)):
+    for kind, plain, mixed in (("cps", 1.5, 1), ("single", 1.5, 1), ("mean_teacher", 100, 1)):
         for cutmix, expected in ((False, plain), (True, mixed)):
-            cfg = cps.Config(supervision=kind, cutmix=cutmix, **given)
-            assert cps.chosen_lambda(cfg, num_classes=7) == expected
+            assert cps.recipe("voc", supervision=kind, cutmix=cutmix).lam == expected
+            assert cps.recipe("voc", supervision=kind, cutmix=cutmix, lam=3.0).lam == 3
 
 
 def test_alternatives_without_a_cutmix_form_are_refused():
@@ -240,7 +239,7 @@ def test_lambda_rises_over_its_share_of_the_steps(model, tmp_path, power_cut):
     saved = []
     for ramp, lam in ((1.0, 2.0), (0.0, 1.0), (0.0, 2.0)):
         folder = tmp_path / f"{ramp} {lam}"
-        power_cut(1, partial(model, folder, eval_every=1, ramp=ramp, lam_cutmix=lam))
+        power_cut(1, partial(model, folder, eval_every=1, ramp=ramp, lam=lam))
         saved.append(torch.load(folder / "last.pt", weights_only=True)["state"]["networks"])
     rising, low, high = ([s[f"{k}.classifier.weight"] for k in range(2)] for s in saved)
     assert torch.equal(rising[0], low[0]) and not torch.equal(low[0], high[0])

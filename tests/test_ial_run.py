@@ -42,7 +42,10 @@ def run(folder, data, **flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deeplab, "dilated_resnet", light_resnet)
         where = dict(data_path=str(data), output_dir=str(folder))
-        return ial.train(ial.Config(**where, **TINY | flags))
+        cfg = ial.Config(**where, **TINY | flags)
+        for name in ial.ignored(cfg):
+            setattr(cfg, name, getattr(ial.Config(), name))
+        return ial.train(cfg)
 
 
 def logged(folder):

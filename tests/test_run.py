@@ -23,7 +23,17 @@ from common import machine, shapes
 from common.augment import whole_view
 from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
-from common.flags import Part, RunConfig, SemiConfig, Share, Span, check_config, parse_config
+from common.flags import (
+    Part,
+    RunConfig,
+    SemiConfig,
+    Share,
+    Span,
+    check_config,
+    parse_config,
+    refuse_silence,
+    with_recipe,
+)
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
 from common.outputs import replace_file, replace_text
@@ -74,7 +84,7 @@ class Typed(SemiConfig):
     part: Part = 0.5  # 100 % is too much
     span: Span = (1.0, 2.0)  # from, to
     many: tuple[float, ...] = (1.0,)  # numbers
-    switch: bool = False  # on or off
+    switch: bool = True  # on or off
     name: str = ""  # any
 
 
@@ -83,7 +93,7 @@ VALUES = {  # of a flag: some that it takes, some that it refuses
     "part": ([0.0, 0.99], [1.0, -0.1]),
     "span": ([(1.0, 1.0), [1, 2]], [(2.0, 1.0), (1.0,), (1.0, 2.0, 3.0), (0.0, 1.0), 1.0]),
     "many": ([(3.0, 1.0)], [(), (1.0, 0.0), (math.inf,), 1.0, "1"]),
-    "switch": ([True], ["no", 1, None]),
+    "switch": ([True, False], ["no", 1, None]),
     "name": (["x"], [7, None]),
     "iters": ([1], [0, -3, 2.5, True]),  # Count
     "lr": ([1e-9, 3], [0.0, -1.0, math.nan, math.inf]),  # Positive
@@ -142,8 +152,10 @@ def test_memory_is_kept_where_the_c_library_can(monkeypatch):
 RECIPES = {
     "shapes": {},
     "voc": dict(dataset="voc", lr=0.5, labeled="1/8"),
-    "voc 1/4": dict(labeled="1/4", lr=0.25, iters=4),
     "voc resnet101": dict(backbone="resnet101", iters=101, crop_size=64),
+    "voc 1/4": dict(labeled="1/4", lr=0.25, iters=4),
+    "voc no-switch": dict(iters=7),
+    "voc no-switch 1/4": dict(iters=8),
 }
 
 
@@ -151,12 +163,17 @@ RECIPES = {
     "words, expected",
     [
         ("", {}),
-        ("--resume --lr 2 --no-switch", dict(resume=True, lr=2.0)),
+        ("--resume --lr 2 --no-switch", dict(resume=True, lr=2.0, switch=False)),
         ("--span 1 2.5 --many 3 --part 0", dict(span=(1.0, 2.5), many=(3.0,), part=0.0)),
         ("--dataset voc", RECIPES["voc"]),
         ("--lr=0.1 --dataset=voc", RECIPES["voc"] | dict(lr=0.1)),
         ("--dataset voc --labeled 1/4", RECIPES["voc"] | RECIPES["voc 1/4"]),
         ("--dataset voc --labeled 1/3", RECIPES["voc"] | dict(labeled="1/3")),
+        ("--dataset voc --no-switch", RECIPES["voc"] | dict(switch=False, iters=7)),
+        (
+            "--dataset voc --labeled 1/4 --no-switch",
+            RECIPES["voc"] | RECIPES["voc 1/4"] | dict(switch=False, iters=8),
+        ),
         ("--labeled 1/4", dict(labeled="1/4")),
         ("--dataset voc --backbone=resnet101", RECIPES["voc"] | RECIPES["voc resnet101"]),
         (
@@ -167,6 +184,31 @@ RECIPES = {
 )
 def test_the_command_line_is_the_recipe_and_the_flags_win(words, expected):
     assert parse_config(Typed, RECIPES, words.split()) == Typed(**expected)
+
+
+def test_what_would_have_no_effect_is_refused():
+    ignored = dict(switch="without a light")
+    voc = partial(with_recipe, Typed, RECIPES, dataset="voc")
+    refuse_silence(voc(iters=9), RECIPES, **ignored)
+    refuse_silence(Typed(), RECIPES, **ignored)
+    message = said(partial(refuse_silence, voc(switch=False), RECIPES, **ignored))
+    assert message == "--switch False: has no effect without a light"
+    # The recipe's own value is not one that the user gave.
+    off = {"shapes": {}, "voc": RECIPES["voc"] | dict(switch=False)}
+    refuse_silence(with_recipe(Typed, off, dataset="voc"), off, **ignored)
+
+
+def test_another_dataset_with_the_toys_settings_is_refused():
+    message = said(partial(refuse_silence, Typed(dataset="voc", iters=9), RECIPES))
+    assert "write recipe('voc', data_path=...)" in message
+    refuse_silence(Typed(dataset="voc", crop_size=64), RECIPES)  # settings of one's own
+    toy = {name: getattr(Typed(), name) for name in ("weights", "crop_size", "lr")}
+    refuse_silence(with_recipe(Typed, RECIPES, dataset="voc", **toy), RECIPES)  # asked for
+
+
+def test_a_data_path_without_its_dataset_is_refused():
+    message = said(partial(check_config, Typed(data_path="mine")))
+    assert "--data-path mine" in message and "add --dataset folder" in message
 
 
 @pytest.mark.parametrize(

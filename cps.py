@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from common.augment import cutmix_masks, mix, photometry, train_view
 from common.deeplab import DeepLabV3Plus
 from common.flags import InputError, SemiConfig, Share, refuse_silence, with_recipe
-from common.losses import VOID, cross_entropy, supervised_criterion
+from common.losses import OHEM_KEPT, VOID, cross_entropy, supervised_criterion
 from common.optim import sgd_poly
 from common.run import Result, Run, main
 
@@ -271,6 +271,8 @@ def check_flags(cfg: Config) -> None:
     ignored = {}
     if cfg.supervision != "mean_teacher":
         ignored["ema_decay"] = "without --supervision mean_teacher"
+    if cfg.crop_size**2 <= OHEM_KEPT:
+        ignored["ohem"] = f"on crops of {cfg.crop_size} pixels: it keeps {OHEM_KEPT} of a picture"
     refuse_silence(cfg, RECIPES, **ignored)
     mixes = cfg.supervision in ("cps", "mean_teacher", "single")
     if cfg.cutmix and not mixes and not cfg.supervised_only:

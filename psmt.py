@@ -50,7 +50,7 @@ from torchvision.transforms import RandomResizedCrop
 from common.augment import cutmix_masks, mix, photometry, train_view
 from common.deeplab import DeepLabV3Plus, Ensemble
 from common.flags import Count, Part, SemiConfig, Share, Span, refuse_silence, with_recipe
-from common.losses import supervised_criterion
+from common.losses import OHEM_KEPT, supervised_criterion
 from common.metrics import evaluating
 from common.optim import sgd_poly
 from common.run import Result, Run, main
@@ -338,7 +338,10 @@ def train(cfg: Config) -> Result:
     With --supervised-only it is the student. Raises InputError for flags and files that cannot be
     right.
     """
-    refuse_silence(cfg, RECIPES)
+    ignored = {}
+    if cfg.crop_size**2 <= OHEM_KEPT:
+        ignored["ohem"] = f"on crops of {cfg.crop_size} pixels: it keeps {OHEM_KEPT} of a picture"
+    refuse_silence(cfg, RECIPES, **ignored)
     run = Run("psmt", cfg)
     data = run.load()
 

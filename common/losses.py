@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OHEM_KEPT = 50_000  # pixels a picture, however easy
 VOID = 255  # the label of a pixel that does not count
 
 
@@ -44,5 +45,5 @@ def ohem_cross_entropy(
 
 
 def supervised_criterion(ohem: bool, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What labels teach with: cross-entropy, or OHEM that keeps 50,000 pixels for each picture."""
-    return partial(ohem_cross_entropy, min_kept=50_000 * batch_size) if ohem else cross_entropy
+    """What labels teach with: cross-entropy, or OHEM that keeps OHEM_KEPT pixels a picture."""
+    return partial(ohem_cross_entropy, min_kept=OHEM_KEPT * batch_size) if ohem else cross_entropy

@@ -29,7 +29,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
     "cps": [
         dict(),
         dict(supervised_only=True),
-        dict(cutmix=False, ohem=True, eval_window=48),
+        dict(cutmix=False, ohem=True, crop_size=232, eval_window=48),
         dict(count_padding=True, scales=(0.5,), amp="bf16"),
         dict(supervision="prob_l2", cutmix=False),
         dict(supervision="prob_kl", cutmix=False, amp="auto"),
@@ -41,7 +41,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
     "psmt": [
         dict(),
         dict(supervised_only=True, amp="auto"),
-        dict(teachers="copy", ohem=True, eval_window=48),
+        dict(teachers="copy", ohem=True, crop_size=232, eval_window=48),
         dict(cutmix="boxes", zoom=True, amp="bf16"),
         dict(cutmix="off", pseudo_eval=True, count_padding=True, scales=(0.3, 0.5)),
         dict(eps=0.0),
@@ -89,6 +89,8 @@ TREES = dict(
     cityscapes=(trees.cityscapes_tree, 19),
 )
 BACKGROUND = dict(folder="ground", cityscapes="road")  # what ial.py has to be told
+for script in TINY:
+    import_module(script)  # before a fixture puts other networks in the place of theirs
 OURS = sorted(path.stem for path in (ROOT / "common").glob("*.py") if path.stem != "__init__")
 every_script = pytest.mark.parametrize("name", TINY)
 
@@ -161,6 +163,91 @@ def test_short_runs_take_every_switch(name):
             usual = {field.name: field.default} | TINY[name]
             taken = {(usual | flags)[field.name] for flags in VARIANTS[name]}
             assert taken == set(choices), field.name
+
+
+# Of every flag another value than TINY's, and what it takes besides for it to make a difference.
+SEEN_ELSEWHERE = {  # what a flag changes that no short run shows
+    "dataset": "TREES",
+    "data_path": "TREES",
+    "background": "tests/test_tags.py",
+    "weights": "tests/test_deeplab.py",
+    "backbone": "tests/test_deeplab.py",
+    "unlabeled": "tests/test_data.py",
+    "ohem": "tests/test_losses_optim.py; refused on small crops",
+    "workers": "the same batches",
+    "device": "the same result",
+    "output_dir": "the same result",
+    "resume": "the same result",
+}
+EVERY = dict(width=16, crop_size=48, batch_size=3, accum=2, iters=4, lr=0.01, weight_decay=0.5)
+EVERY |= dict(eval_every=1, eval_window=32, amp="bf16", seed=1)
+SEMI = EVERY | dict(labeled="5", supervised_only=True, lam=9.0)
+LONGER = dict(iters=6, eval_every=6, warmup=0.3)
+OTHER = {
+    "cps": SEMI
+    | dict(supervision="single", cutmix=False, scales=(0.5,))
+    | dict(ramp=(1.0, dict(iters=4)), count_padding=(True, dict(scales=(0.5,), crop_size=48)))
+    | dict(ema_decay=(0.5, dict(supervision="mean_teacher", iters=4))),
+    "psmt": SEMI
+    | dict(threshold=0.9, ema_decay=0.5, eps=0.0, cutmix="off", pseudo_eval=True, strength=1.0)
+    | dict(
+        teachers="copy",
+        scales=(0.3, 0.5),
+        warmup=0.0,
+        count_padding=(True, dict(scales=(0.3, 0.5))),
+    )
+    | dict(ramp=(1.0, LONGER), zoom=(True, LONGER)),
+    "cac": SEMI
+    | dict(backbone_lr=0.5, tau=0.5, gamma=0.0, warmup=0.0, mean_over="overlap", projector=False)
+    | dict(context=False, directed=False, class_filter=False, base_size=80, scales=(0.5, 0.6))
+    | dict(pair_scales=(1.5, 2.0), strength=1.0, jitter=True, dropout=0.5)
+    | dict(bank=(0, LONGER)),
+    "ial": EVERY
+    | dict(
+        method=("direct", dict(tau=0.7)),
+        rounds=2,
+        net="resnet18",
+        net_lr=0.01,
+        net_steps=(2.0, 1.0, 1.0),
+    )
+    | dict(clip=0.01, tag_scales=(0.5,), cam_scales=(0.5,), fg=0.6, bg=0.2, scales=(0.5,))
+    | dict(
+        segment_size=9,
+        compactness=1.0,
+        share=0.99,
+        balance=False,
+        mining=("rule80", dict(tau=0.7)),
+        tau=0.9,
+    )
+    | dict(stride=4, rule="abs", scans="sequence", passes=1, lam=3.0, probes=1, clamp=True)
+    | dict(project=True),
+}
+
+
+@every_script
+def test_every_flag_makes_a_difference_or_is_refused(name, few, light, tmp_path):
+    def outcome(folder, **flags):
+        train(name, folder, **flags)
+        log = re.sub(r', "seconds": [\d.]+', "", (folder / "log.jsonl").read_text())
+        return log, [
+            {key: value.tolist() for key, value in net.items() if "classifier" in key}
+            for net in torch.load(folder / "last.pt", weights_only=True)["networks"]
+        ]
+
+    known = {}
+    for number, field in enumerate(fields(import_module(name).Config)):
+        assert (field.name in OTHER[name]) != (field.name in SEEN_ELSEWHERE), field.name
+        if field.name in SEEN_ELSEWHERE:
+            continue
+        other = OTHER[name][field.name]
+        value, beside = (
+            other if isinstance(other, tuple) and isinstance(other[-1], dict) else (other, {})
+        )
+        key = tuple(beside.items())
+        if key not in known:
+            known[key] = outcome(tmp_path / f"base{number}", **beside)
+        flags = beside | {field.name: value}
+        assert outcome(tmp_path / str(number), **flags) != known[key], field.name
 
 
 @pytest.mark.parametrize("name, dataset", [(n, d) for n in TINY for d in TREES])

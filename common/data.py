@@ -33,7 +33,7 @@ from common.layouts import (
     read_mask,
 )
 from common.losses import VOID
-from common.machine import in_all_processes
+from common.machine import gather_sum, in_all_processes
 
 # --- the lists ---
 
@@ -165,49 +165,89 @@ def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list
 # --- the check ---
 
 
-def check(data: Data, rank: int = 0, world: int = 1) -> None:
+def check(data: Data, rank: int = 0, world: int = 1) -> np.ndarray:
     """Decode every labelled and validation picture, and its mask, once, before the first step.
 
-    Raises InputError for an unreadable file, a mask of another size than its picture, a mask
-    value that is no class, a missing unlabelled picture, and a picture under 32 pixels that is
-    predicted whole: in validation, and in training where there are tags. The files are shared out
-    over the processes, and all of them raise.
+    Returns pixel counts (2, K + 1) int64: of the labelled pictures' classes and of the validation
+    pictures', void last. Raises InputError for an unreadable file, a mask of another size than its
+    picture, a mask value that is no class, a missing unlabelled picture, and a picture under 32
+    pixels that is predicted whole: in validation, and in training where there are tags. The files
+    are shared out over the processes, and all of them raise.
     """
-    pairs = sorted(set(data.labeled + data.val))[rank::world]
+    splits = [set(data.labeled), set(data.val)]
+    pairs = sorted(splits[0] | splits[1])[rank::world]
     predicted = {image for image, _ in (data.val if data.tags is None else data.val + data.labeled)}
+    classes = len(data.classes)
 
-    def check_pair(pair: Pair) -> None:
+    def check_pair(pair: Pair) -> np.ndarray:
         image = read_image(pair[0])
         if pair[0] in predicted and min(image.shape[:2]) < 32:
             raise InputError(f"{pair[0]}: is under 32 x 32 pixels, too small to be predicted")
         if pair[1] is None:
-            return
+            return np.zeros(classes + 1, np.int64)
         mask = read_mask(pair[1])
         if image.shape[:2] != mask.shape:
             raise InputError(
                 f"{pair[1]}: is {mask.shape[1]} x {mask.shape[0]} pixels, its picture {pair[0]} "
                 f"{image.shape[1]} x {image.shape[0]}"
             )
-        values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+        counts = np.bincount(mask.ravel(), minlength=256)
+        values = np.flatnonzero(counts)
         if (data.lookup[values] == BAD).any():
             known = np.flatnonzero(data.lookup != BAD)
             raise InputError(
                 f"{pair[1]}: holds the values {', '.join(map(str, values))}; allowed are "
-                f"{known[0]} to {known[-2]}, and 255 for void ({len(data.classes)} classes)"
+                f"{known[0]} to {known[-2]}, and 255 for void ({classes} classes)"
             )
+        by_class = np.bincount(data.lookup, counts, minlength=256).astype(np.int64)
+        return np.append(by_class[:classes], by_class[VOID])
 
-    def check_share() -> None:
+    def check_share() -> np.ndarray:
         for image, _ in data.unlabeled[rank::world]:
             if not image.startswith(DRAWN) and not Path(image).is_file():
                 raise InputError(f"{image}: no such picture")
+        totals = np.zeros((2, classes + 1), np.int64)
         # Decoding releases the interpreter's lock, so that threads suffice.
         with ThreadPoolExecutor() as pool:
             hidden = rank > 0 or not sys.stderr.isatty()
             checks = pool.map(check_pair, pairs)
-            for _ in tqdm(checks, "checking pictures", len(pairs), leave=False, disable=hidden):
-                pass
+            bar = tqdm(checks, "checking pictures", len(pairs), leave=False, disable=hidden)
+            for pair, counts in zip(pairs, bar, strict=True):
+                totals[[pair in split for split in splits]] += counts
+        return totals
 
-    in_all_processes(check_share)
+    return gather_sum(in_all_processes(check_share))
+
+
+def describe(data: Data, counts: np.ndarray) -> str:
+    """A table of the pixels that `check` counted, and the classes that no label shows.
+
+    Raises InputError where training or evaluation would have nothing to go by.
+    """
+    *_, void = counts.T
+    known = counts[:, :-1]
+    learns = data.tags is None  # of tags: the masks of training pictures are for scores alone
+    for row, name in ((0, "labelled"), (1, "validation")):
+        shown = np.flatnonzero(known[row])
+        if (row == 0 and not learns) or len(shown) > 1 or len(data.classes) == 1:
+            continue
+        if not len(shown):
+            raise InputError(
+                f"{data.root}: no {name} pixel has a class, all masks are void (255 throughout)"
+            )
+        only = f"{data.root}: the {name} masks show class {shown[0]} alone"
+        if row == 0:
+            advice = "; 255 is void: write 1 where the object is" * bool(void[row])
+            raise InputError(f"{only} of {len(data.classes)}{advice}")
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    width = max(map(len, [*data.classes, "void"]))
+    lines = [f"{'% of pixels':{width}}  labelled  validation"]
+    for name, (labeled, val) in zip([*data.classes, "void"], shares.T, strict=True):
+        lines.append(f"{name:{width}}  {labeled:8.2f}  {val:10.2f}")
+    unseen = [name for name, count in zip(data.classes, known[0], strict=True) if not count]
+    if learns and unseen:
+        lines.append(f"no labelled pixel shows {', '.join(unseen)}: never learned")
+    return "\n".join(lines)
 
 
 # --- the loaders ---

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -147,6 +148,15 @@ def average_buffers(networks: nn.Module) -> None:
             for statistic in (module.running_mean, module.running_var):
                 dist.all_reduce(statistic)
                 statistic /= dist.get_world_size()
+
+
+def gather_sum(values: np.ndarray) -> np.ndarray:
+    """The sum of the arrays of all processes."""
+    if not dist.is_initialized():
+        return values
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return np.sum(parts, axis=0)
 
 
 def gather(tensor: Tensor) -> Tensor:

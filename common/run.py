@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import machine
 from common.augment import whole_view
-from common.data import Data, View, check, load, training_loader, val_loader
+from common.data import Data, View, check, describe, load, training_loader, val_loader
 from common.deeplab import Ensemble, Together
 from common.flags import InputError, LoneError, RunConfig, SemiConfig, check_config, parse_config
 from common.metrics import evaluate, iou
@@ -126,7 +126,7 @@ class Run:
         everything with a state_dict that the next step depends on, equal in all processes.
         Randomness needs no place in it: each step seeds its own.
         """
-        check(data, self.rank, self.world)
+        self.print(describe(data, check(data, self.rank, self.world)))
         self.data, self.networks, self.state = data, model, state
         self.model = model[0] if len(model) == 1 else Ensemble(model)
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)

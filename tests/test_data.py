@@ -19,7 +19,7 @@ from PIL import Image
 
 from common import shapes
 from common.augment import train_view, whole_view
-from common.data import _choose_labeled, check, load, training_loader, val_loader
+from common.data import _choose_labeled, check, describe, load, training_loader, val_loader
 from common.flags import InputError
 from common.layouts import read_image, read_mask
 
@@ -685,3 +685,51 @@ def test_the_embedded_set_needs_no_file(tmp_path, monkeypatch):
     assert data.summary().startswith("20 labelled, 380 unlabelled, 150 validation pictures; ")
     assert os.listdir(tmp_path) == []
     assert not {i for i, _ in data.labeled + data.unlabeled} & {i for i, _ in data.val}
+
+
+# --- what the masks show ---
+
+
+def overwrite(root, split, change):
+    """Every mask of a split, changed."""
+    for path in (root / "masks" / split).iterdir():
+        Image.fromarray(change(np.array(Image.open(path))).astype(np.uint8)).save(path)
+
+
+def counted(root):
+    data = load("folder", str(root), "all", "", 0)
+    return describe(data, check(data))
+
+
+def test_the_start_tells_the_share_of_every_class(root):
+    masks = [np.array(Image.open(path)) for path in (root / "masks" / "train").iterdir()]
+    lines = [line.split() for line in counted(root).splitlines()]
+    shares = {line[0]: float(line[1]) for line in lines[1:]}
+    for value, name in ((0, "ground"), (1, "cat"), (2, "dog"), (255, "void")):
+        name = name if name in shares else list(shares)[min(value, len(shares) - 1)]
+        assert shares[name] == pytest.approx(100 * (np.array(masks) == value).mean(), abs=0.006)
+
+
+def test_a_class_that_no_label_shows_is_named(root):
+    overwrite(root, "train", lambda mask: np.where(mask == 2, 0, mask))
+    name = (root / "classes.txt").read_text().split()[2]
+    assert f"no labelled pixel shows {name}: never learned" in counted(root)
+
+
+@pytest.mark.parametrize(
+    "split, change, words",
+    [
+        (
+            "train",
+            lambda m: np.where(m > 0, 255, 0),
+            "labelled masks show class 0 alone .* write 1",
+        ),
+        ("train", lambda m: m * 0, "labelled masks show class 0 alone of 3"),
+        ("train", lambda m: m * 0 + 255, "no labelled pixel has a class"),
+        ("val", lambda m: m * 0 + 255, "no validation pixel has a class"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_refused(root, split, change, words):
+    overwrite(root, split, change)
+    with pytest.raises(InputError, match=words):
+        counted(root)

@@ -120,7 +120,10 @@ REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, round
 REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
 REAL |= dict(tag_scales=(0.4, 0.5, 0.6, 0.7), cam_scales=(0.5, 1.0, 1.5, 2.0))
 REAL |= dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5), segment_size=13, compactness=10.0)
-RECIPES = {name: REAL | dict(dataset=name) for name in ("folder", "voc", "cityscapes")}
+# Δ P: [ours] COCO of 2017, its 118,287 training pictures; which ones the paper has is not known to
+# us. The classifier's scales are for long sides of 640 pixels.
+RECIPES = {name: REAL | dict(dataset=name) for name in ("folder", "voc", "coco", "cityscapes")}
+RECIPES["coco"] |= dict(tag_scales=(0.3, 0.4, 0.5))
 RECIPES["cityscapes"] |= dict(tag_scales=(0.1, 0.15), cam_scales=(0.125, 0.25, 0.375, 0.5))
 RECIPES["shapes"] = {}
 

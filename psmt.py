@@ -127,7 +127,9 @@ def lengths(labels: int, pictures: int, epochs: int, batch: int) -> dict:
 # Lengths depend on the labelled set; `--dataset voc --labeled 1/4` selects one of these. Any other
 # set (a list, another share) gets those of 1/8: give --iters, --warmup, --ramp and --eval-every.
 # C's λ for lists of 92 pictures is 0.06, for those of 183 to 732 it is 0.6.
-RECIPES = {"shapes": {}, "folder": RELEASED | FOLDER}
+# Ours: the paper has no COCO. 1/32 is the largest share that later papers report.
+COCO = FOLDER | dict(dataset="coco", labeled="1/32")
+RECIPES = {"shapes": {}, "folder": RELEASED | FOLDER, "coco": RELEASED | COCO}
 RECIPES |= {
     f"voc {share}": VOC | dict(labeled=share) | lengths(labels, 10_582, epochs, batch=8)
     for share, labels, epochs in (

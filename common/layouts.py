@@ -2,14 +2,16 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from common import shapes
+from common import coco, shapes
 from common.flags import InputError
 from common.losses import VOID
 
@@ -106,15 +108,21 @@ def folder_layout(root: Path) -> Data:
     return _data(root, names, voc_colors(len(names)), *splits)
 
 
-def voc_layout(root: Path) -> Data:
-    """A VOCdevkit as unpacked, at its top or at VOC2012/."""
+def voc_root(root: Path) -> Path:
+    """VOC2012/ of a VOCdevkit as unpacked, by the path of either."""
     for below in ("VOC2012", "VOCdevkit/VOC2012"):
         if (root / below / "JPEGImages").is_dir():
             root = root / below
+    for needed in ("JPEGImages", *(f"ImageSets/Segmentation/{s}.txt" for s in ("train", "val"))):
+        if not (root / needed).exists():
+            raise InputError(f"{root / needed}: missing; name the folder of VOC2012 as unpacked")
+    return root
+
+
+def voc_layout(root: Path) -> Data:
+    """PASCAL VOC 2012; SegmentationClassAug/, where it is there, has the training masks."""
+    root = voc_root(root)
     lists = root / "ImageSets" / "Segmentation"
-    for needed in (root / "JPEGImages", lists / "train.txt", lists / "val.txt"):
-        if not needed.exists():
-            raise InputError(f"{needed}: missing; --data-path must hold VOC2012 as unpacked")
     val = read_lines(lists / "val.txt")
     augmented = root / "SegmentationClassAug"
     if augmented.is_dir():
@@ -149,6 +157,23 @@ def cityscapes_layout(root: Path) -> Data:
     return _data(root, list(names), list(colors), *splits, lookup)
 
 
+def coco_layout(root: Path) -> Data:
+    """COCO 2017 as unpacked: background and 80 kinds of objects; an id is a picture's number."""
+    splits, classes = [], []
+    for split in ("train2017", "val2017"):
+        if not (root / split).is_dir():
+            raise InputError(
+                f"{root / split}: missing; --data-path must hold train2017/, val2017/ and "
+                "annotations/"
+            )
+        masks, images = root / coco.MADE / split, find_pictures(root / split)
+        classes.append(coco.make_masks(root, split, list(images), write_mask))
+        splits.append({n: (str(path), str(masks / f"{n}.png")) for n, path in images.items()})
+    if classes[0] != classes[1]:
+        raise InputError(f"{root / 'annotations'}: training and validation have other categories")
+    return _data(root, classes[0], voc_colors(len(classes[0])), *splits)
+
+
 def _pair(image: Path, mask: Path) -> Pair:
     return str(image), str(mask) if mask.is_file() else None
 
@@ -178,6 +203,9 @@ def voc_colors(count: int) -> list[tuple[int, int, int]]:
     ]
 
 
+PALETTE = voc_colors(256)
+
+
 def find_pictures(folder: Path) -> dict[str, Path]:
     """The pictures below a folder by id, the path without suffix relative to the folder; sorted."""
     found = {}
@@ -191,8 +219,17 @@ def find_pictures(folder: Path) -> dict[str, Path]:
     return found
 
 
+def short_name(path: str) -> str:
+    """What a picture's path, id or mask has in common: its name without the dataset's endings."""
+    return re.sub(r"_(leftImg8bit|gtFine(_label(Train)?Ids)?)$", "", Path(path).stem)
+
+
 LAYOUTS = dict(
-    shapes=shapes_layout, folder=folder_layout, voc=voc_layout, cityscapes=cityscapes_layout
+    shapes=shapes_layout,
+    folder=folder_layout,
+    voc=voc_layout,
+    coco=coco_layout,
+    cityscapes=cityscapes_layout,
 )
 
 
@@ -201,11 +238,17 @@ LAYOUTS = dict(
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank, stripped; CRLF and a byte order mark allowed."""
+    return [line for _, line in read_numbered(path)]
+
+
+def read_numbered(path: Path) -> list[tuple[int, str]]:
+    """The same lines with their numbers in the file, from 1."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = enumerate(text.splitlines(), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
 def read_image(path: str) -> np.ndarray:
@@ -236,6 +279,16 @@ def read_mask(path: str) -> np.ndarray:
             "8-bit grey or palette, with 255 for void"
         )
     return np.array(mask, np.uint8)
+
+
+def write_mask(path: Path, values: np.ndarray) -> None:
+    """A mask (H, W) uint8 as a PNG of indices in VOC's colours, whole or not there."""
+    image = Image.fromarray(values)
+    image.putpalette([channel for color in PALETTE for channel in color])
+    # A name of its own: another process may write the same mask.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    image.save(temporary, "PNG")
+    os.replace(temporary, path)
 
 
 def mask_size(path: str) -> tuple[int, int]:

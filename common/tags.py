@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
+from common import coco
 from common.data import Data, layout
 from common.flags import InputError
 from common.layouts import BAD, read_lines, read_mask
@@ -25,8 +26,8 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
     background: class names, separated by commas, that are merged into class 0; needed where class
     0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id,
     with or without suffix, and its class names, a line each; commas or tabs where names hold
-    blanks), else from VOC's Annotations/, else from the classes in the masks. Pictures that show
-    background alone are left out. Raises InputError that names the file or flag.
+    blanks), else from VOC's Annotations/ or COCO's instances, else from the classes in the masks.
+    Pictures that show background alone are left out. Raises InputError that names the file or flag.
     """
     found = merge_background(layout(dataset, data_path), background)
     names, listed = list(found.train), found.root / "tags.txt"
@@ -34,6 +35,9 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
         shown = _read_tags(listed, found)
     elif dataset == "voc" and (found.root / "Annotations").is_dir():
         shown = {name: _read_xml(found, name) for name in names}
+    elif dataset == "coco":
+        read = coco.read_tags(found.root)
+        shown = {name: set(found.lookup[read.get(name, [])].tolist()) - {0} for name in names}
     else:
         with ThreadPoolExecutor() as pool:
             sets = pool.map(lambda name: _classes_in_mask(found, name), names)

@@ -138,6 +138,18 @@ def test_tags_of_voc_come_from_its_annotations(tmp_path):
     assert list(shown(load_tagged("voc", str(root)))) == [first]
 
 
+def test_tags_of_coco_come_from_its_instances(tmp_path, monkeypatch):
+    """Those under others and of crowds too; no mask is opened."""
+    root = trees.coco_tree(tmp_path)
+    monkeypatch.setattr("common.tags.read_mask", None)
+    tags = shown(load_tagged("coco", str(root)))
+    expected = {9: {"person", "car"}, 25: {"person", "dog"}, 30: {"dog"}, 36: {"person"}}
+    assert tags == {f"{number:012d}": classes for number, classes in expected.items()}
+    tags = shown(load_tagged("coco", str(root), "background, person"))
+    expected = {9: {"car"}, 25: {"dog"}, 30: {"dog"}}
+    assert tags == {f"{number:012d}": classes for number, classes in expected.items()}
+
+
 # --- background ---
 
 ROADS = ("road", "cat", "sky", "sea lion")

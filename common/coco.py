@@ -1,0 +1,233 @@
+"""COCO 2017: masks of classes, drawn once from the outlines of its instances, and image-level tags.
+
+All that is made lies beside the pictures, in SegmentationClass2017/: a folder of masks for each
+split, and a file with the classes that each picture shows.
+"""
+
+import json
+import os
+import random
+import sys
+from array import array
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from common.flags import InputError
+from common.losses import VOID
+from common.machine import in_all_processes
+
+MADE = "SegmentationClass2017"  # the folder of masks below the dataset's root
+FINE = 5  # outlines are drawn so many times as large: Pillow puts their corners on whole pixels
+
+
+class Picture(NamedTuple):
+    number: int  # COCO's id
+    name: str
+    size: tuple[int, int]  # height, width
+
+
+class Thing(NamedTuple):
+    """An instance: its shape is outlines (x, y, x, y, ...) in pixels, or a run-length encoding."""
+
+    picture: int
+    label: int  # its class; while a file is read, the category's id
+    crowd: bool
+    area: float
+    shape: list[array] | dict[str, Any]
+
+
+class Instances(NamedTuple):
+    """What an annotation file says, by a picture's name."""
+
+    classes: list[str]  # background, and the categories in the order of their ids
+    sizes: dict[str, tuple[int, int]]  # height, width
+    things: dict[str, list[Thing]]
+
+
+def make_masks(
+    root: Path, split: str, names: list[str], write: Callable[[Path, np.ndarray], None]
+) -> list[str]:
+    """Have a mask of each of these pictures, by write(path, mask); the classes' names.
+
+    Those that are there are left as they are, so that a run that was stopped goes on. Several
+    processes draw different pictures, on one machine or more.
+    """
+
+    def make() -> list[str]:
+        try:
+            return _make_masks(root, split, names, write)
+        except OSError as error:
+            raise InputError(
+                f"{root / MADE}: cannot be written ({error}); make a folder of your own with links "
+                "to train2017, val2017 and annotations, and name that as --data-path"
+            ) from error
+
+    return in_all_processes(make)
+
+
+def _make_masks(root: Path, split: str, names: list[str], write: Callable) -> list[str]:
+    source, folder, known = _source(root, split), root / MADE / split, _summary(root, split)
+    done = set(os.listdir(folder)) if folder.is_dir() else set()
+    left = [name for name in names if f"{name}.png" not in done]
+    if known and not left:
+        return known["classes"]
+    classes, sizes, things = read_instances(source)
+    for name in left:
+        if name not in sizes:
+            raise InputError(f"{root / split / name}: {source} knows no such picture")
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {name: sorted({thing.label for thing in things[name]}) for name in things}
+    summary = dict(bytes=source.stat().st_size, classes=classes, shown=shown)
+    temporary = folder / f".{uuid4().hex}"
+    temporary.write_text(json.dumps(summary), encoding="utf-8")
+    os.replace(temporary, folder.with_suffix(".json"))
+
+    def draw_one(name: str) -> None:
+        path = folder / f"{name}.png"
+        if path.exists():  # another process was first
+            return
+        try:
+            mask = draw(sizes[name], things.get(name, []))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{source}: picture {name} has no shape ({reason})") from error
+        write(path, mask)
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first and left:
+        print(f"{folder}: {len(left)} masks are drawn, once", file=sys.stderr)
+    random.Random().shuffle(left)  # in each process an order of its own
+    hidden = not first or not sys.stderr.isatty()
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(draw_one, left), "drawing masks", len(left), disable=hidden):
+            pass
+    return classes
+
+
+def read_tags(root: Path) -> dict[str, list[int]]:
+    """The classes that training pictures show, crowds included; known once their masks are made."""
+    return _summary(root, "train2017")["shown"]
+
+
+def _source(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}.json"
+
+
+def _summary(root: Path, split: str) -> dict[str, Any] | None:
+    """What was read of a split's annotations when its masks were drawn, None before."""
+    source, path = _source(root, split), root / MADE / f"{split}.json"
+    if not source.is_file():
+        raise InputError(f"{source}: missing; unpack annotations_trainval2017.zip beside {split}/")
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if summary["bytes"] != source.stat().st_size:
+        raise InputError(f"{path}: is of another {source.name}; remove {path.parent} to draw anew")
+    return summary
+
+
+def read_instances(path: Path) -> Instances:
+    """An annotation file; of its 450 MB no more is kept than the shapes, four bytes a number."""
+
+    def keep(item: dict[str, Any]) -> Any:
+        if "segmentation" in item:
+            shape = item["segmentation"]
+            if not isinstance(shape, dict):
+                shape = [array("f", outline) for outline in shape]
+            crowd = bool(item.get("iscrowd", 0))
+            return Thing(item["image_id"], item["category_id"], crowd, float(item["area"]), shape)
+        if "file_name" in item:
+            size = item["height"], item["width"]
+            return Picture(item["id"], Path(item["file_name"]).stem, size)
+        return item
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file, object_hook=keep)
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        classes = ["background", *(category["name"] for category in categories)]
+        labels = {category["id"]: label for label, category in enumerate(categories, 1)}
+        sizes = {picture.name: picture.size for picture in content["images"]}
+        names = {picture.number: picture.name for picture in content["images"]}
+        things = defaultdict(list)
+        for thing in content["annotations"]:
+            things[names[thing.picture]].append(thing._replace(label=labels[thing.label]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(repr(error).split())
+        raise InputError(f"{path}: not COCO's instances ({reason}); unpack it again") from error
+    return Instances(classes, sizes, things)
+
+
+# --- from shapes to a mask ---
+
+
+def draw(size: tuple[int, int], things: list[Thing]) -> np.ndarray:
+    """The mask (H, W) uint8 of a picture's instances, the smaller ones on top; a crowd is void.
+
+    What no instance covers is background.
+    """
+    mask = np.zeros(size, np.uint8)
+    for thing in sorted(things, key=lambda thing: -thing.area):
+        value = VOID if thing.crowd else thing.label
+        if isinstance(thing.shape, dict):
+            mask[decode(thing.shape, size)] = value
+        else:
+            _paint(mask, thing.shape, value)
+    return mask
+
+
+def _paint(mask: np.ndarray, outlines: list[array], value: int) -> None:
+    """Set a mask's pixels whose centres are within one of the outlines."""
+    # Two points or fewer enclose nothing.
+    parts = [np.reshape(outline, (-1, 2)) for outline in outlines if len(outline) >= 6]
+    if not parts:
+        return
+    points, end = np.concatenate(parts), np.array(mask.shape)[::-1]
+    first = np.floor(points.min(axis=0)).astype(int).clip(0, end)
+    last = np.ceil(points.max(axis=0)).astype(int).clip(0, end)
+    if not (first < last).all():  # out of the picture
+        return
+    width, height = (last - first).tolist()
+    canvas = Image.new("L", (width * FINE, height * FINE))
+    for part in parts:
+        ImageDraw.Draw(canvas).polygon(((part - first) * FINE).ravel().tolist(), fill=1)
+    inside = np.asarray(canvas)[FINE // 2 :: FINE, FINE // 2 :: FINE] > 0
+    mask[first[1] : last[1], first[0] : last[0]][inside] = value
+
+
+def decode(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """A run-length encoding's pixels (H, W) bool: runs of 0 and 1 in turn, column by column."""
+    if tuple(shape["size"]) != tuple(size):
+        raise ValueError(f"of size {shape['size']}, not {list(size)}")
+    counts = shape["counts"]
+    runs = unpack(counts) if isinstance(counts, str) else counts
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
+
+
+def unpack(text: str) -> list[int]:
+    """The runs of COCO's compressed strings.
+
+    A character less 48 has five bits of a number, the lowest ones first, and 32 where more follow;
+    the last of them has the sign, 16. From the fourth on, a number is what its run is longer than
+    the one before the last.
+    """
+    runs, number, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+        number = shift = 0
+    return runs

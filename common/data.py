@@ -1,7 +1,8 @@
 """Datasets as three lists of files, and loaders whose batches depend on seed and step alone.
 
 A dataset is its class names, their colours, and sorted lists of (picture, mask) paths: labelled,
-unlabelled, validation. There are `shapes` (drawn, no files), `folder`, `voc`, `cityscapes`.
+unlabelled, validation. There are `shapes` (drawn, no files), `folder`, `voc`, `coco`,
+`cityscapes`.
 """
 
 import os
@@ -29,8 +30,9 @@ from common.layouts import (
     find_pictures,
     mask_size,
     read_image,
-    read_lines,
     read_mask,
+    read_numbered,
+    short_name,
 )
 from common.losses import VOID
 from common.machine import gather_sum, in_all_processes
@@ -48,10 +50,11 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     """
     data = layout(dataset, data_path)
     labeled, unlabeled = os.path.expanduser(labeled), os.path.expanduser(unlabeled)
-    chosen = _choose_labeled(labeled, data.train, data.root, seed)
+    unique = dataset not in ("shapes", "folder")
+    chosen = _choose_labeled(labeled, data.train, data.root, seed, unique)
     for image, _ in sorted(set(chosen) & set(data.val)):
         raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
-    others = _choose_unlabeled(unlabeled, data.train, data.root, chosen)
+    others = _choose_unlabeled(unlabeled, data.train, data.root, chosen, unique)
     return replace(data, labeled=chosen, unlabeled=others)
 
 
@@ -75,7 +78,9 @@ def layout(dataset: str, data_path: str) -> Data:
     return found
 
 
-def _choose_labeled(labeled: str, train: dict[str, Pair], root: Path, seed: int) -> list[Pair]:
+def _choose_labeled(
+    labeled: str, train: dict[str, Pair], root: Path, seed: int, unique: bool = False
+) -> list[Pair]:
     names = list(train)
     if labeled == "all":
         pairs = [train[name] for name in names if train[name][1] is not None]
@@ -98,7 +103,7 @@ def _choose_labeled(labeled: str, train: dict[str, Pair], root: Path, seed: int)
         order = np.random.default_rng(seed).permutation(len(names))
         pairs = [train[names[index]] for index in sorted(order[:count])]
     elif os.path.isfile(labeled):
-        pairs = _read_list("--labeled", labeled, train, root)
+        pairs = _read_list("--labeled", labeled, train, root, unique)
     else:
         raise InputError(
             f"--labeled {labeled}: neither 1/r, a count, all, nor an existing list file"
@@ -110,7 +115,7 @@ def _choose_labeled(labeled: str, train: dict[str, Pair], root: Path, seed: int)
 
 
 def _choose_unlabeled(
-    unlabeled: str, train: dict[str, Pair], root: Path, labeled: list[Pair]
+    unlabeled: str, train: dict[str, Pair], root: Path, labeled: list[Pair], unique: bool
 ) -> list[Pair]:
     if not unlabeled:
         known = {image for image, _ in labeled}
@@ -121,42 +126,69 @@ def _choose_unlabeled(
         if not images:
             raise InputError(f"--unlabeled {unlabeled}: holds no picture")
     elif os.path.isfile(unlabeled):
-        images = [image for image, _ in _read_list("--unlabeled", unlabeled, train, root)]
+        pairs = _read_list("--unlabeled", unlabeled, train, root, unique)
+        images = [image for image, _ in pairs]
     else:
         raise InputError(f"--unlabeled {unlabeled}: no such list file or folder")
     return [(image, None) for image in images]
 
 
-def _read_list(flag: str, path: str, train: dict[str, Pair], root: Path) -> list[Pair]:
+# Folders of masks in the lists that papers came with, which a user may have elsewhere or not at
+# all; and the endings of masks that hold Cityscapes' trainIds.
+RELEASED = "SegmentationClass SegmentationClassAug gtFine segmentation annotation masks".split()
+TRAIN_IDS = ("_labelTrainIds.png", "_gtFine.png")
+
+
+def _read_list(
+    flag: str, path: str, train: dict[str, Pair], root: Path, unique: bool
+) -> list[Pair]:
     """The pairs that a file lists: a line is a training id, a picture, or a picture and its mask.
 
     Paths are relative to the root; a picture alone has the mask that the dataset has for it.
+    unique: a training picture's name tells it from all others. Then it is found by its name where
+    the path leads nowhere, and has the dataset's own mask where that of a released list is missing
+    or holds trainIds.
     """
     known, pairs = dict(train.values()), {}  # masks by picture
-    for line in read_lines(Path(path)):
+    named: dict[str, list[str]] = {}  # training ids by name
+    for name in train if unique else ():
+        named.setdefault(short_name(name), []).append(name)
+    for number, line in read_numbered(Path(path)):
         if line in train:
             pairs.update([train[line]])
             continue
+        where = f"{flag} {path}: line {number}: {line!r}"
         # A name may hold spaces: they part picture and mask only where the line is no picture.
         whole = root / line.lstrip("/")
         words = [line] if whole.is_file() else line.split("\t") if "\t" in line else line.split()
-        files = [root / word.strip().lstrip("/") for word in words]
-        needed = files[:1] if flag == "--unlabeled" else files
-        missing = [str(file) for file in needed if not file.is_file()]
-        if missing or len(files) > 2:
+        words = [word.strip().lstrip("/") for word in words]
+        image, *masks = (str(root / word) for word in words)
+        masks = masks if flag == "--labeled" else []  # no mask of an unlabelled picture is needed
+        ids = [] if os.path.isfile(image) else named.get(short_name(image), [])
+        if len(ids) > 1:
+            raise InputError(f"{where} may be {' or '.join(ids)}; write the id")
+        if ids:
+            image = train[ids[0]][0]
+        mask = masks[0] if masks else known.get(image)
+        if unique and masks:
+            released = words[1].split("/")[0] in RELEASED
+            if image in known and short_name(mask) == short_name(image):
+                if mask.endswith(TRAIN_IDS) or (released and not os.path.isfile(mask)):
+                    mask = known[image]
+            elif mask.endswith(TRAIN_IDS):
+                raise InputError(
+                    f"{where} names a mask of trainIds, but labelIds are read; list the picture "
+                    "alone"
+                )
+        needed = [image, mask] if masks and mask else [image]
+        missing = [file for file in needed if not os.path.isfile(file)]
+        if missing or len(words) > 2:
             raise InputError(
-                f"{flag} {path}: {line!r} is no training id, and "
-                + (f"{missing[0]} does not exist" if missing else "not one or two paths")
-            )
-        image = str(files[0])
-        mask = str(files[1]) if len(files) == 2 else known.get(image)
-        if mask is not None and mask.endswith("_labelTrainIds.png"):
-            raise InputError(
-                f"{flag} {path}: {line!r} names a mask of trainIds, but labelIds are read; list "
-                "the picture alone"
+                f"{where} is no training id (there are {len(train)}, such as {next(iter(train))}), "
+                "and " + (f"{missing[0]} does not exist" if missing else "not one or two paths")
             )
         if pairs.setdefault(image, mask) != mask:
-            raise InputError(f"{flag} {path}: gives {image} two masks, {pairs[image]} and {mask}")
+            raise InputError(f"{where} gives {image} two masks, {pairs[image]} and {mask}")
     if not pairs:
         raise InputError(f"{flag} {path}: lists no picture")
     return sorted(pairs.items())

@@ -119,16 +119,23 @@ def test_cityscapes_layout_and_label_ids(tmp_path):
     assert label[0, 0, :35].tolist() == expected
 
 
-def test_cityscapes_refuses_masks_of_train_ids(tmp_path, listed):
+def test_cityscapes_reads_label_ids_where_a_list_names_train_ids(tmp_path, listed):
     """Their values are legal label ids, but stand for other classes."""
     root = trees.cityscapes_tree(tmp_path)
-    image = next(root.glob("leftImg8bit/train/*/*.png"))
-    mask = next(root.glob("gtFine/train/*/*_labelIds.png"))
-    copy = mask.with_name(mask.name.replace("labelIds", "labelTrainIds"))
-    copy.write_bytes(mask.read_bytes())
-    path = listed(f"/{image.relative_to(root)} /{copy.relative_to(root)}\n")
+    start, name = "gtFine/{}/{}/", "{}_000001_000019_gtFine_label{}Ids.png"
+    for split, city in (("train", "aachen"), ("val", "lindau")):
+        folder = root / start.format(split, city)
+        shutil.copy(folder / name.format(city, ""), folder / name.format(city, "Train"))
+    train, val = (
+        f"leftImg8bit/{split}/{city}/{city}_000001_000019_leftImg8bit.png "
+        f"{(start + name).format(split, city, city, 'Train')}\n"
+        for split, city in (("train", "aachen"), ("val", "lindau"))
+    )
+    data = loaded(root, listed(train), dataset="cityscapes")
+    assert data.labeled == [data.train["aachen/aachen_000001_000019"]]
+    # No mask is known for a picture that is none of the training pictures.
     assert "trainIds, but labelIds are read; list the picture alone" in message(
-        root, path, dataset="cityscapes"
+        root, listed(val), dataset="cityscapes"
     )
 
 
@@ -203,6 +210,102 @@ def test_lists_may_name_files_elsewhere_and_with_a_space(root, listed):
     shutil.move(root / "masks/train/000.png", root / "extra mask.png")
     data = loaded(root, listed("/images/train/000.jpg\t/extra mask.png\n"))
     assert data.labeled == [(str(root / "images/train/000.jpg"), str(root / "extra mask.png"))]
+
+
+# A line of each kind that the lists of released code have, with the picture it stands for.
+RELEASED = {
+    "voc": {
+        "TorchSemiSeg, U2PL": ("2008_000002", "2008_000002"),
+        "PS-MT, CAC": (
+            "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png",
+            "2008_000002",
+        ),
+        "PS-MT, 1464 labels": (
+            "/JPEGImages/2007_000039.jpg /SegmentationClass/2007_000039.png",
+            "2007_000039",
+        ),
+        "UniMatch": (
+            "JPEGImages/2008_000002.jpg SegmentationClass/2008_000002.png",
+            "2008_000002",
+        ),
+    },
+    "cityscapes": {
+        "TorchSemiSeg": (
+            "/images/train/aachen_000001_000019.png\t"
+            "/segmentation/train/aachen_000001_000019_gtFine.png",
+            "aachen/aachen_000001_000019",
+        ),
+        "PS-MT": (
+            "/images/city_gt_fine/train/aachen_000001_000019_leftImg8bit.png "
+            "/annotation/city_gt_fine/train/aachen_000001_000019_gtFine.png",
+            "aachen/aachen_000001_000019",
+        ),
+        "U2PL": (
+            "leftImg8bit/train/aachen/aachen_000001_000019_leftImg8bit.png",
+            "aachen/aachen_000001_000019",
+        ),
+        "CAC, UniMatch": (
+            "leftImg8bit/train/aachen/aachen_000001_000019_leftImg8bit.png "
+            "gtFine/train/aachen/aachen_000001_000019_gtFine_labelTrainIds.png",
+            "aachen/aachen_000001_000019",
+        ),
+    },
+    "coco": {
+        "UniMatch": ("train2017/000000000030.jpg masks/000000000030.png", "000000000030"),
+    },
+}
+TREE = dict(
+    voc=lambda path: trees.voc_tree(path, aug=True) / "VOC2012",
+    coco=trees.coco_tree,
+    cityscapes=trees.cityscapes_tree,
+)
+
+
+@pytest.mark.parametrize("dataset, whose", [(d, whose) for d in RELEASED for whose in RELEASED[d]])
+def test_lists_of_released_code_are_read(tmp_path, listed, dataset, whose):
+    """Whatever their folders: they were written for data that was arranged anew."""
+    root, (line, name) = TREE[dataset](tmp_path / "set"), RELEASED[dataset][whose]
+    path = listed(line + "\r\n")
+    data = loaded(root, path, dataset=dataset)
+    image, mask = data.train[name]
+    if "1464" in whose:  # a mask that is there is taken
+        mask = mask.replace("SegmentationClassAug", "SegmentationClass")
+    assert data.labeled == [(image, mask)] and len(data.unlabeled) == len(data.train) - 1
+    data = loaded(root, "1/2", path, dataset=dataset)
+    assert data.unlabeled == [(image, None)]
+
+
+def test_without_augmented_masks_lists_take_vocs_own(tmp_path, listed):
+    root = trees.voc_tree(tmp_path, aug=False) / "VOC2012"
+    line = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png\n"
+    data = loaded(root, listed(line.format("2007_000039")), dataset="voc")
+    assert data.labeled == [data.train["2007_000039"]]
+    path = listed("2007_000039\n\n" + line.format("2008_000002"))
+    text = message(root, path, dataset="voc")  # its picture is there, its mask is not
+    assert f"{path}: line 3: '/JPEGImages/2008_000002.jpg " in text
+    assert f"{root / 'SegmentationClassAug/2008_000002.png'} does not exist" in text
+    assert "there are 3, such as 2007_000032" in text
+    data = loaded(root, "1/2", path, dataset="voc")
+    assert names(data.unlabeled) == ["2007_000039", "2008_000002"]
+
+
+def test_a_mask_of_ones_own_is_never_replaced(tmp_path, listed):
+    """Only those of released lists are: pseudo labels that are missing are no truth."""
+    root = trees.voc_tree(tmp_path, aug=True) / "VOC2012"
+    for mask in ("pseudo/2008_000002.png", "SegmentationClass/2008_000003.png"):
+        path = listed(f"JPEGImages/2008_000002.jpg {mask}")
+        assert f"{root / mask} does not exist" in message(root, path, dataset="voc")
+
+
+def test_names_find_no_picture_of_a_folder_and_none_where_there_are_two(root, tmp_path, listed):
+    assert "extra/003.jpg does not exist" in message(root, "1/2", listed("extra/003.jpg"))
+    root = trees.cityscapes_tree(tmp_path / "cities")
+    frame = "aachen_000000_000019_leftImg8bit.png"
+    (root / "leftImg8bit/train/copy").mkdir()
+    shutil.copy(root / "leftImg8bit/train/aachen" / frame, root / "leftImg8bit/train/copy" / frame)
+    text = message(root, "1/5", listed(f"\nimages/{frame}"), dataset="cityscapes")
+    assert "line 2: 'images/aachen" in text
+    assert "may be aachen/aachen_000000_000019 or copy/aachen_000000_000019; write the id" in text
 
 
 def test_all_means_every_training_picture_with_a_mask(root):
@@ -439,7 +542,7 @@ def test_bad_unlabelled_flag(root, tmp_path):
 
 
 def test_no_data_path():
-    for dataset in ("folder", "voc", "cityscapes"):
+    for dataset in ("folder", "voc", "coco", "cityscapes"):
         assert "--data-path ''" in message("", dataset=dataset)
 
 

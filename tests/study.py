@@ -4,6 +4,7 @@
     python tests/study.py run [TABLE ...]         # what is missing; again after a kill
     python tests/study.py show [TABLE ...]        # Markdown, from the logs alone
     python tests/study.py list [TABLE ...]        # every run's command, and whether it is done
+    python tests/study.py labels                  # how right the pseudo labels of the flowers are
 
 Run by hand. ../photographs holds camvid, flowers and vocanimals as `--dataset folder` reads them.
 All of it happens in a checkout of its own, ../study by default (--home), a git worktree of the
@@ -433,6 +434,37 @@ def show_photographs(data: str, cells: dict[str, Cell], home: Path) -> None:
     print(f"{ALL}: {every}\n")
 
 
+def show_labels(data: str, home: Path) -> None:
+    """What the checkpoints call the unlabelled training pictures, whose masks no run has opened."""
+    import torch
+
+    sys.path.insert(0, str(home))
+    from common.augment import whole_view
+    from common.data import Pictures, load
+    from common.deeplab import DeepLabV3Plus
+    from common.metrics import confusion_matrix
+
+    root, rows = str(home / "data" / data), []
+    for share in SHARES[data]:
+        every, few = (load("folder", root, chosen, "", 0) for chosen in ("all", share))
+        pairs = [pair for pair in every.labeled if pair not in few.labeled]
+        pictures = Pictures(pairs, every.lookup, whole_view)
+        for method in ("supervised", "CPS + CutMix"):
+            cell, found = on_photographs(data, share, method), []
+            for seed in cell.logs(home):
+                saved = torch.load(cell.folder(home, seed) / "last.pt", weights_only=True)
+                network = DeepLabV3Plus(**saved["arguments"][0] | dict(weights=None)).eval()
+                network.load_state_dict(saved["networks"][0])
+                counts = torch.zeros(len(every.classes), len(every.classes))
+                with torch.no_grad():
+                    for image, label in (pictures[index] for index in range(len(pairs))):
+                        predicted = network(image[None]).argmax(dim=1)
+                        counts += confusion_matrix(predicted, label[None], len(counts))
+                found.append(100 * float(counts.diagonal()[1:].sum() / counts[1:, 1:].sum()))
+            rows.append([share, method, spread(found)])
+    markdown(["labels", "", "of foreground found, the class is right"], rows)
+
+
 TABLES = {
     "psmt": (PSMT, partial(show_variants, base="no noise")),
     "seen": (SEEN, show_seen),
@@ -448,7 +480,7 @@ for data in SETS:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["data", "run", "show", "list"])
+    parser.add_argument("what", choices=["data", "run", "show", "list", "labels"])
     parser.add_argument("names", nargs="*", help=f"photographs, or tables: {', '.join(TABLES)}")
     parser.add_argument("--home", type=Path, default=ROOT.parent / "study")
     parser.add_argument("--jobs", type=int, default=2)
@@ -459,6 +491,8 @@ def main() -> None:
         subprocess.run(["git", "worktree", "add", "--detach", str(home)], cwd=ROOT, check=True)
     if args.what == "data":
         return prepare(home, Path(*args.names))
+    if args.what == "labels":
+        return show_labels("flowers", home)
     tables = {name: TABLES[name] for name in args.names or TABLES}
     if args.what == "show":
         for cells, show in tables.values():

@@ -24,6 +24,7 @@ from common.flags import InputError, LoneError
 from common.layouts import (
     BAD,
     DRAWN,
+    FOLDER,
     LAYOUTS,
     Data,
     Pair,
@@ -51,27 +52,80 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     data = layout(dataset, data_path)
     labeled, unlabeled = os.path.expanduser(labeled), os.path.expanduser(unlabeled)
     unique = dataset not in ("shapes", "folder")
+    if not os.path.isfile(labeled) and not any(mask for _, mask in data.train.values()):
+        if dataset == "folder":
+            _need_folder(data.root / "masks" / "train")
+        reasons = "".join(f"; {note}" for note in data.notes)
+        raise InputError(f"{data.root}: no training picture has a mask{reasons}")
     chosen = _choose_labeled(labeled, data.train, data.root, seed, unique)
     for image, _ in sorted(set(chosen) & set(data.val)):
         raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
     others = _choose_unlabeled(unlabeled, data.train, data.root, chosen, unique)
+    seen = same_files(data.val, others)
+    if seen:
+        (image, _), other = others[min(seen)], seen[min(seen)]
+        if not os.path.isdir(unlabeled):
+            raise InputError(
+                f"--unlabeled {unlabeled}: names the validation picture {other}"
+                + f", as {image}" * (image != other)
+                + "; leave it out"
+            )
+        # Of a folder of all pictures the others are meant.
+        others = [pair for index, pair in enumerate(others) if index not in seen]
+        if not others:
+            raise InputError(f"--unlabeled {unlabeled}: holds validation pictures alone")
+        data.notes.append(
+            f"--unlabeled {unlabeled}: {len(seen)} validation pictures left out, such as {image}"
+        )
+    if not unlabeled and {image for image, _ in others} == {image for image, _ in chosen}:
+        data.notes.append("all training pictures are labelled: the same ones serve as unlabelled")
     return replace(data, labeled=chosen, unlabeled=others)
 
 
-def layout(dataset: str, data_path: str) -> Data:
+def same_files(first: Sequence[Pair], second: Sequence[Pair]) -> dict[int, str]:
+    """Which of the second list's pictures, by index, are files of the first; links are followed."""
+
+    def file(path: str) -> object:
+        try:
+            status = os.stat(path)
+        except OSError:  # drawn, or missing
+            return path
+        return status.st_dev, status.st_ino
+
+    known = {file(image): image for image, _ in first}
+    found = ((index, known.get(file(image))) for index, (image, _) in enumerate(second))
+    return {index: image for index, image in found if image is not None}
+
+
+def _need_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise InputError(f"{path}: missing; the layout is {FOLDER}")
+
+
+def layout(dataset: str, data_path: str, scored: bool = True) -> Data:
     """What the dataset's folder holds: training and validation pictures, all of these with masks.
 
-    Raises InputError where there are none.
+    Raises InputError where there are none, and where a picture is in both. Unless `scored`, there
+    may be no validation pictures, or none with a mask: then there are none.
     """
     data_path = os.path.expanduser(data_path)
     if dataset != "shapes" and not (data_path and os.path.isdir(data_path)):
         raise InputError(f"--data-path {data_path!r}: no such folder; name the dataset's root")
     found = LAYOUTS[dataset](Path(data_path))
+    if not scored and not any(mask for _, mask in found.val):
+        found.notes.append("no validation masks: no mIoU, no best.pt")
+        found.val.clear()
+    elif dataset == "folder":
+        _need_folder(found.root / "images" / "val")
+        _need_folder(found.root / "masks" / "val")
     for pairs, kind in ((found.train, "training"), (found.val, "validation")):
-        if not pairs:
+        if not pairs and (scored or kind == "training"):
             raise InputError(
                 f"{found.root}: holds no {kind} picture in the layout of --dataset {dataset}"
             )
+    train = list(found.train.values())
+    for index, val in same_files(found.val, train).items():
+        raise InputError(f"{train[index][0]}: is the validation picture {val}; remove one of them")
     for image, mask in found.val:
         if mask is None:
             raise InputError(f"{image}: validation picture without a mask; add the mask")
@@ -83,10 +137,7 @@ def _choose_labeled(
 ) -> list[Pair]:
     names = list(train)
     if labeled == "all":
-        pairs = [train[name] for name in names if train[name][1] is not None]
-        if not pairs:
-            raise InputError(f"{root}: no training picture has a mask")
-        return pairs
+        return [train[name] for name in names if train[name][1] is not None]
     if re.fullmatch(r"1/\d{1,9}", labeled):
         every = int(labeled[2:])
         if not 1 <= every <= len(names):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -17,7 +18,9 @@ from common.losses import VOID
 
 BAD = 254  # in a lookup: a mask value that stands for nothing
 DRAWN = "shapes:"  # before the id of a picture that is drawn, not read
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+MASK_ENDS = ("", "_mask", "_label", "_gt")  # what a mask's name has besides its picture's
+FOLDER = "classes.txt, images/{train,val}/NAME.jpg, masks/{train,val}/NAME.png"
 Pair = tuple[str, str | None]  # picture, mask
 
 CITYSCAPES = {  # labelId of the 19 training classes: name, colour
@@ -64,6 +67,7 @@ class Data:
     labeled: list[Pair] = field(default_factory=list)
     unlabeled: list[Pair] = field(default_factory=list)
     tags: Tensor | None = None  # (N, K - 1) bool: the classes but 0 that the training pictures show
+    notes: list[str] = field(default_factory=list)  # what the user should know of the lists
 
     def summary(self) -> str:
         """Counts, a hash of what teaches that is equal on every machine, and the classes."""
@@ -91,21 +95,89 @@ def shapes_layout(_: Path) -> Data:
 
 
 def folder_layout(root: Path) -> Data:
-    """images/{train,val}/, masks/{train,val}/ with PNG masks of the same names, classes.txt."""
-    classes = root / "classes.txt"
-    if not classes.is_file():
-        raise InputError(f"{classes}: missing; write one class name per line, in index order")
-    names = read_lines(classes)
-    if not 2 <= len(names) <= 254:
-        raise InputError(f"{classes}: lists {len(names)} classes, must be 2 to 254")
-    splits = []
+    """images/{train,val}/, masks/{train,val}/ with PNG masks of the same names, classes.txt.
+
+    A mask's name may end in one of MASK_ENDS, and its suffix be .PNG. What is left over is noted.
+    """
+    names = _read_classes(root / "classes.txt")
+    splits, used = [], set()
     for split in ("train", "val"):
-        if not (root / "images" / split).is_dir():
-            raise InputError(f"{root / 'images' / split}: missing; put the {split} pictures there")
-        masks = root / "masks" / split
-        images = find_pictures(root / "images" / split)
-        splits.append({name: _pair(path, masks / f"{name}.png") for name, path in images.items()})
-    return _data(root, names, voc_colors(len(names)), *splits)
+        folder = root / "images" / split
+        # Without validation pictures there may be training on tags.
+        if split == "train" and not folder.is_dir():
+            raise InputError(f"{folder}: missing; the layout is {FOLDER}")
+        images = find_pictures(folder)
+        masks = _match_masks(images, find_pictures(root / "masks" / split, {".png"}))
+        splits.append({n: (str(p), masks.get(n)) for n, p in images.items()})
+        used.update(map(str, images.values()), masks.values())
+    data = _data(root, names, voc_colors(len(names)), *splits)
+    data.notes += _left_over(root, used)
+    return data
+
+
+def _read_classes(path: Path) -> list[str]:
+    """The class names of a classes.txt: line n is index n, from 0."""
+    if not path.is_file():
+        raise InputError(f"{path}: missing; write one class name per line, in index order")
+    lines = read_numbered(path)
+    known: dict[str, int] = {}
+    for number, name in lines:
+        if number > len(known) + 1:
+            raise InputError(f"{path}: line {number - 1} is blank; line n names class n, from 0")
+        if name in known:
+            raise InputError(
+                f"{path}: line {number} repeats {name}, line {known[name]}; give every class a "
+                "name of its own"
+            )
+        known[name] = number
+    if not 2 <= len(known) <= 254:
+        raise InputError(f"{path}: lists {len(known)} classes, must be 2 to 254")
+    return list(known)
+
+
+def _match_masks(images: dict[str, Path], masks: dict[str, Path]) -> dict[str, str]:
+    """The masks of pictures: of the same name, or of that and an ending no other picture has."""
+    found = {}
+    for name, path in images.items():
+        ends = [end for end in MASK_ENDS if name + end in masks]
+        ends = [end for end in ends if not end or name + end not in images]
+        if len(ends) > 1:
+            both = " and ".join(str(masks[name + end]) for end in ends[:2])
+            raise InputError(f"{path}: has two masks, {both}; remove one")
+        if ends:
+            found[name] = str(masks[name + ends[0]])
+    for name, path in images.items():
+        stem = next((name.removesuffix(end) for end in MASK_ENDS[1:] if name.endswith(end)), name)
+        if stem != name and stem in images and path.suffix.lower() == ".png" and name not in found:
+            raise InputError(f"{path}: a mask among the pictures, of {images[stem]}; move it")
+    return found
+
+
+def _left_over(root: Path, used: set[str]) -> list[str]:
+    """What images/ and masks/ hold besides pictures and their masks; their test/ is left alone."""
+    pictures, masks, others = [], [], []
+    for kind in ("images", "masks"):
+        for path in walk(root / kind):
+            name = path.relative_to(root).as_posix()
+            if str(path) in used or name.startswith(f"{kind}/test/"):
+                continue
+            if path.suffix.lower() not in SUFFIXES or not path.is_file():
+                others.append(name)
+            else:
+                (pictures if kind == "images" else masks).append(name)
+    found = (
+        (pictures, "in neither train/ nor val/"),
+        (masks, "with no picture of the name, or no .png"),
+        (others, "no pictures"),
+    )
+    parts = [f"{len(names)} {what}: {shortened(names)}" for names, what in found if names]
+    count = len(pictures) + len(masks) + len(others)
+    return [f"{count} file{'s' * (count > 1)} left over; {'; '.join(parts)}"] if count else []
+
+
+def shortened(names: list[str], most: int = 5) -> str:
+    """Names with commas between; of many the first."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 def voc_root(root: Path) -> Path:
@@ -206,12 +278,36 @@ def voc_colors(count: int) -> list[tuple[int, int, int]]:
 PALETTE = voc_colors(256)
 
 
-def find_pictures(folder: Path) -> dict[str, Path]:
+def walk(folder: Path) -> list[Path]:
+    """The files below a folder, sorted, also behind links; without hidden ones.
+
+    Hidden are the "._name" files of macOS, too. A link to a folder that it lies in is not followed.
+    """
+    found = []
+
+    def enter(place: Path, above: tuple[str, ...]) -> None:
+        real = os.path.realpath(place)
+        if real in above:
+            return
+        try:
+            entries = list(os.scandir(place))
+        except OSError as error:
+            raise InputError(f"{place}: cannot be listed ({error}); move it or allow it") from error
+        for entry in entries:
+            if entry.name[0] != ".":
+                path = place / entry.name
+                enter(path, (*above, real)) if entry.is_dir() else found.append(path)
+
+    if folder.is_dir():
+        enter(folder, ())
+    return sorted(found)
+
+
+def find_pictures(folder: Path, suffixes: Collection[str] = SUFFIXES) -> dict[str, Path]:
     """The pictures below a folder by id, the path without suffix relative to the folder; sorted."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        # Hidden files, such as the "._name" files of macOS, are no pictures.
-        if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file():
+    for path in walk(folder):
+        if path.suffix.lower() in suffixes and path.is_file():
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in found:
                 raise InputError(f"{path}: has the same name as {found[name]}; rename one of them")

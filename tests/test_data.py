@@ -139,6 +139,119 @@ def test_cityscapes_reads_label_ids_where_a_list_names_train_ids(tmp_path, liste
     )
 
 
+def rename(root, old, new):
+    (root / new).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(root / old, root / new)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("masks", f"000{end}") for end in (".PNG", "_mask.png", "_label.png", "_gt.PNG")]
+    + [("images", name) for name in ("000.gif", "000.JFIF", "000.jpg")],
+)
+def test_what_can_be_meant_is_found(root, tmp_path, kind, name):
+    """Other names of masks, other kinds of pictures, and links to either."""
+    old = f"{kind}/train/000.{dict(masks='png', images='jpg')[kind]}"
+    if name.endswith(".gif"):
+        frames = [Image.new("RGB", (64, 48), color) for color in ("red", "blue")]
+        frames[0].save(root / "images/train" / name, save_all=True, append_images=frames[1:])
+        (root / old).unlink()
+        assert read_image(str(root / "images/train" / name))[0, 0].tolist() == [255, 0, 0]
+    elif name == "000.jpg":
+        rename(root, old, "../elsewhere.jpg")
+        (root / old).symlink_to(tmp_path / "elsewhere.jpg")
+    else:
+        rename(root, old, f"{kind}/train/{name}")
+    data = loaded(root)
+    assert len(data.labeled) == 6 and data.labeled[0][kind == "masks"].endswith(name)
+    assert data.notes == ["all training pictures are labelled: the same ones serve as unlabelled"]
+
+
+def test_folders_behind_links_are_entered_and_circles_are_not(root, tmp_path):
+    for kind in ("images", "masks"):
+        shutil.move(root / kind / "train", tmp_path / kind)
+        (root / kind / "train").mkdir()
+        (root / kind / "train" / "day").symlink_to(tmp_path / kind, target_is_directory=True)
+        (tmp_path / kind / "again").symlink_to(tmp_path / kind, target_is_directory=True)
+        (tmp_path / kind / "up").symlink_to(root / kind / "train", target_is_directory=True)
+    assert list(load("folder", str(root), "all", "", 0).train) == [f"day/00{k}" for k in range(6)]
+
+
+def test_masks_that_two_pictures_or_none_may_have(root):
+    shutil.copy(root / MASK, root / "masks/train/000_mask.png")
+    both = f"has two masks, {root / MASK} and {root / 'masks/train/000_mask.png'}; remove one"
+    assert f"{root / IMAGE}: {both}" in message(root)
+    shutil.copy(root / IMAGE, root / "images/train/000_mask.jpg")  # it is that picture's
+    assert [Path(mask).stem for _, mask in loaded(root).labeled][:2] == ["000", "000_mask"]
+    shutil.copy(root / MASK, root / "images/train/001_mask.png")
+    text = message(root)
+    assert text.startswith(f"{root / 'images/train/001_mask.png'}: a mask among the pictures")
+
+
+def test_what_is_left_over_is_named(root):
+    assert loaded(root, "1/2").notes == []
+    (root / "images/train/a.txt").touch()
+    (root / "masks/train/b.jpg").write_bytes((root / IMAGE).read_bytes())
+    (root / "images/val/gone.jpg").symlink_to(root / "nowhere.jpg")
+    rename(root, "images/val/002.jpg", "images/other/002.jpg")
+    for name in (".hidden", "test/c.txt"):
+        (root / "images" / name).parent.mkdir(exist_ok=True)
+        (root / "images" / name).touch()
+    (note,) = loaded(root, "1/2").notes
+    assert note == (
+        "5 files left over; 1 in neither train/ nor val/: images/other/002.jpg; "
+        "2 with no picture of the name, or no .png: masks/train/b.jpg, masks/val/002.png; "
+        "2 no pictures: images/train/a.txt, images/val/gone.jpg"
+    )
+    for path in list((root / "masks/train").iterdir()):
+        path.rename(path.with_suffix(".bmp"))
+    text = message(root)
+    assert "no training picture has a mask; 11 files left over" in text and "000.bmp" in text
+
+
+@pytest.mark.parametrize("missing", ["images/train", "images/val", "masks/train", "masks/val"])
+def test_a_folder_that_is_missing_is_named_with_the_layout(root, missing):
+    shutil.rmtree(root / missing)
+    assert message(root) == (
+        f"{root / missing}: missing; the layout is classes.txt, images/{{train,val}}/NAME.jpg, "
+        "masks/{train,val}/NAME.png"
+    )
+
+
+def test_masks_that_a_list_names_need_no_folder(root, listed):
+    rename(root, "masks/train", "truth")
+    path = listed("images/train/000.jpg truth/000.png\n")
+    assert loaded(root, path).labeled == [(str(root / IMAGE), str(root / "truth/000.png"))]
+
+
+def test_a_validation_picture_is_not_trained_on_behind_a_link(root, tmp_path, listed):
+    (root / "images/train/000.jpg").unlink()
+    (root / "images/train/000.jpg").symlink_to(root / VAL)
+    assert (
+        message(root, "1/2")
+        == message(root, "5")
+        == (f"{root / IMAGE}: is the validation picture {root / VAL}; remove one of them")
+    )
+
+
+def test_validation_pictures_are_no_unlabelled_ones(root, tmp_path, listed):
+    """Of a folder of everything the others are taken; who writes a list is told."""
+    rng, everything = np.random.default_rng(0), tmp_path / "all"
+    for name in ("a.jpg", "b.jpg"):
+        trees.save_picture(everything / name, rng)
+    for name in ("000.jpg", "001.jpg"):
+        (everything / name).symlink_to(root / "images/val" / name)
+    data = loaded(root, "1/2", everything)
+    assert names(data.unlabeled) == ["a", "b"]
+    note = f"2 validation pictures left out, such as {everything / '000.jpg'}"
+    assert data.notes == [f"--unlabeled {everything}: {note}"]
+    text = message(root, "1/2", root / "images/val")
+    assert text == f"--unlabeled {root / 'images/val'}: holds validation pictures alone"
+    path = listed(f"001\n{VAL}\n")
+    text = f"--unlabeled {path}: names the validation picture {root / VAL}; leave it out"
+    assert message(root, "1/2", path) == text
+
+
 def test_palette_masks_keep_indices_and_void(tmp_path):
     values = np.arange(48 * 64).reshape(48, 64) % 4
     values[5] = 255
@@ -422,6 +535,8 @@ FOLDER = {
     "classes missing": ("classes.txt", None, "classes.txt", "missing"),
     "one class": ("classes.txt", b"cat\n\n", "classes.txt", "lists 1 classes, must be 2 to 254"),
     "classes not UTF-8": ("classes.txt", b"caf\xe9\nbar\n", "classes.txt", "UTF-8"),
+    "a class twice": ("classes.txt", b"a\nb\nc\nb\n", "classes.txt", "line 4 repeats b, line 2;"),
+    "a blank class": ("classes.txt", b"a\n\nb\nc\n", "classes.txt", "line 2 is blank; line n"),
     "no train folder": ("images/train", None, "images/train", "missing"),
     "no train picture": ("images/train", empty, "", "no training picture"),
     "no val picture": ("images/val", empty, "", "no validation picture"),

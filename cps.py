@@ -289,7 +289,7 @@ def train(cfg: Config) -> Result:
     """
     run = Run("cps", cfg)
     check_flags(cfg)
-    data = run.load()
+    data = run.load(mixed=cfg.cutmix)
 
     # Same architecture, same pretrained backbone; only the random heads differ. That difference is
     # the whole perturbation: with equal heads, Eq. (4) is each network taught by itself.

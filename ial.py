@@ -836,7 +836,7 @@ def train(cfg: Config) -> Result:
     stages = plan(cfg)
     run = Run("ial", cfg, total=stages[-1][2].stop)
     data = load_tagged(cfg.dataset, cfg.data_path, cfg.background)
-    run.print(data.summary())
+    run.tell(data)
     # Δ P: [ours] DeepLabv3+, for the paper's DeepLab on VGG16 and ResNet.
     unary = DeepLabV3Plus(len(data.classes), cfg.backbone, cfg.weights, cfg.width)
     initial, trained = deepcopy(unary.state_dict()), run.wrap(unary)

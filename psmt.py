@@ -345,7 +345,7 @@ def train(cfg: Config) -> Result:
         ignored["ohem"] = f"on crops of {cfg.crop_size} pixels: it keeps {OHEM_KEPT} of a picture"
     refuse_silence(cfg, RECIPES, **ignored)
     run = Run("psmt", cfg)
-    data = run.load()
+    data = run.load(mixed=cfg.cutmix != "off")
 
     # Δ C: all three start in the same way, with `own` from a head of each's own. C loads the
     # pretrained weights into the student alone, so that the teachers' backbones start at random;

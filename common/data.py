@@ -23,17 +23,18 @@ from tqdm import tqdm
 from common.flags import InputError, LoneError
 from common.layouts import (
     BAD,
-    DRAWN,
     FOLDER,
     LAYOUTS,
     Data,
     Pair,
     find_pictures,
     mask_size,
+    read_header,
     read_image,
     read_mask,
     read_numbered,
     short_name,
+    shortened,
 )
 from common.losses import VOID
 from common.machine import gather_sum, in_all_processes
@@ -77,8 +78,6 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
         data.notes.append(
             f"--unlabeled {unlabeled}: {len(seen)} validation pictures left out, such as {image}"
         )
-    if not unlabeled and {image for image, _ in others} == {image for image, _ in chosen}:
-        data.notes.append("all training pictures are labelled: the same ones serve as unlabelled")
     return replace(data, labeled=chosen, unlabeled=others)
 
 
@@ -248,14 +247,23 @@ def _read_list(
 # --- the check ---
 
 
-def check(data: Data, rank: int = 0, world: int = 1) -> np.ndarray:
+def check(
+    data: Data,
+    rank: int = 0,
+    world: int = 1,
+    unlabeled: str = "headers",
+    fits: Callable[[str, int, int], None] = lambda *_: None,
+) -> np.ndarray:
     """Decode every labelled and validation picture, and its mask, once, before the first step.
 
     Returns pixel counts (2, K + 1) int64: of the labelled pictures' classes and of the validation
     pictures', void last. Raises InputError for an unreadable file, a mask of another size than its
-    picture, a mask value that is no class, a missing unlabelled picture, and a picture under 32
-    pixels that is predicted whole: in validation, and in training where there are tags. The files
-    are shared out over the processes, and all of them raise.
+    picture, a mask value that is no class, and a picture under 32 pixels that is predicted whole:
+    in validation, and in training where there are tags. The files are shared out over the
+    processes, and all of them raise.
+
+    unlabeled: "headers" reads of unlabelled pictures no more than that, "full" decodes them,
+    "unused" reads nothing. fits(path, height, width) may refuse a training picture.
     """
     splits = [set(data.labeled), set(data.val)]
     pairs = sorted(splits[0] | splits[1])[rank::world]
@@ -264,6 +272,8 @@ def check(data: Data, rank: int = 0, world: int = 1) -> np.ndarray:
 
     def check_pair(pair: Pair) -> np.ndarray:
         image = read_image(pair[0])
+        if pair in splits[0]:
+            fits(pair[0], *image.shape[:2])
         if pair[0] in predicted and min(image.shape[:2]) < 32:
             raise InputError(f"{pair[0]}: is under 32 x 32 pixels, too small to be predicted")
         if pair[1] is None:
@@ -285,18 +295,34 @@ def check(data: Data, rank: int = 0, world: int = 1) -> np.ndarray:
         by_class = np.bincount(data.lookup, counts, minlength=256).astype(np.int64)
         return np.append(by_class[:classes], by_class[VOID])
 
+    def check_unlabeled(image: str) -> InputError | None:
+        try:
+            size = read_header(image) if unlabeled == "headers" else read_image(image).shape[:2]
+        except InputError as error:
+            return error
+        fits(image, *size)
+
     def check_share() -> np.ndarray:
-        for image, _ in data.unlabeled[rank::world]:
-            if not image.startswith(DRAWN) and not Path(image).is_file():
-                raise InputError(f"{image}: no such picture")
+        images = [] if unlabeled == "unused" else [image for image, _ in data.unlabeled]
+        known = {image for image, _ in pairs}
+        images = [image for image in images[rank::world] if image not in known]
         totals = np.zeros((2, classes + 1), np.int64)
         # Decoding releases the interpreter's lock, so that threads suffice.
         with ThreadPoolExecutor() as pool:
             hidden = rank > 0 or not sys.stderr.isatty()
-            checks = pool.map(check_pair, pairs)
-            bar = tqdm(checks, "checking pictures", len(pairs), leave=False, disable=hidden)
-            for pair, counts in zip(pairs, bar, strict=True):
-                totals[[pair in split for split in splits]] += counts
+            count = len(pairs) + len(images)
+            with tqdm(None, "checking pictures", count, leave=False, disable=hidden) as bar:
+                for pair, counts in zip(pairs, pool.map(check_pair, pairs), strict=True):
+                    totals[[pair in split for split in splits]] += counts
+                    bar.update()
+                broken = {}
+                for image, error in zip(images, pool.map(check_unlabeled, images), strict=True):
+                    broken |= {image: error} if error else {}
+                    bar.update()
+        if broken:
+            first, *others = broken
+            more = f" ({len(others)} more unlabelled pictures cannot be read: {shortened(others)})"
+            raise InputError(f"{broken[first]}{more * bool(others)}")
         return totals
 
     return gather_sum(in_all_processes(check_share))
@@ -344,25 +370,64 @@ class Draws(Dataset):
     `read(item)` gives a picture's tensors, `view(*tensors)` one random draw of them. Draws run
     through all pictures in a new order each epoch. Within a global batch no picture comes twice,
     as long as the list is no shorter than the batch.
+
+    spare: an item that cannot be read is marked in `broken` (N,), in the memory of all loader
+    processes, and gives way to another one, which depends on the draw and the items alone. If not,
+    it is a LoneError.
     """
 
     def __init__(
-        self, items: Sequence, read: Callable, view: View, seed: Sequence[int], batch: int
+        self,
+        items: Sequence,
+        read: Callable,
+        view: View,
+        seed: Sequence[int],
+        batch: int,
+        spare: bool = False,
     ):
         self.items, self.read, self.view, self.seed = items, read, view, list(seed)
+        self.batch = batch
+        self.broken = torch.zeros(len(items), dtype=torch.bool).share_memory_() if spare else None
         # Like `drop_last`: what does not fill a batch is left to the next order.
         self.epoch = len(items) // batch * batch or len(items)
         self.order = None, None  # of an epoch: its number and a permutation of the pictures
 
-    def __getitem__(self, draw: int) -> tuple[Tensor, ...]:
+    def index(self, draw: int) -> int:
+        """Which item a draw takes."""
         epoch, position = divmod(draw, self.epoch)
         if self.order[0] != epoch:
             rng = np.random.default_rng([*self.seed, 0, epoch])
             self.order = epoch, rng.permutation(len(self.items))
+        return int(self.order[1][position])
+
+    def others(self, draw: int) -> list[int]:
+        """What to take instead, first choice first: items that the global batch has not."""
+        batch, place = divmod(draw, self.batch)
+        start, index = batch * self.batch, self.index(draw)
+        taken = {self.index(start + position) for position in range(self.batch)}
+        order = np.random.default_rng([*self.seed, 2, batch]).permutation(len(self.items)).tolist()
+        free = [item for item in order if item not in taken] or [i for i in order if i != index]
+        # The first choices of a batch's draws differ. Where so many fail, the disk is gone.
+        return (free[place :: self.batch] + free)[:100]
+
+    def tensors(self, draw: int) -> tuple[Tensor, ...]:
+        """What `read` gives of the draw's item, or of another one."""
+        index = self.index(draw)
         try:
-            tensors = self.read(self.items[self.order[1][position]])
+            return self.read(self.items[index])
         except InputError as error:
-            raise LoneError(error) from error
+            if self.broken is None:
+                raise LoneError(error) from error
+            self.broken[index] = True
+            for other in self.others(draw):
+                try:
+                    return self.read(self.items[other])
+                except InputError:
+                    self.broken[other] = True
+            raise LoneError(f"{error}, and so with all that were tried instead") from error
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, ...]:
+        tensors = self.tensors(draw)
         seed = np.random.SeedSequence([*self.seed, 1, draw]).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs as well.
@@ -414,7 +479,9 @@ def training_loader(
     """
     stream = ("labeled", "unlabeled").index(split)
     read = partial(read_pair, lookup=data.lookup)
-    draws = Draws(getattr(data, split), read, view, (seed, stream), batch_size * world)
+    # An unlabelled picture is not decoded before it is drawn; one that is broken is skipped.
+    pairs, spare = getattr(data, split), split == "unlabeled"
+    draws = Draws(pairs, read, view, (seed, stream), batch_size * world, spare)
     return draws_loader(draws, batch_size, numbers, rank, world, workers, pin_memory)
 
 

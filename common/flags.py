@@ -73,6 +73,7 @@ class SemiConfig(RunConfig):
 
     labeled: str = "1/40"  # 1/r, a count, all, or a list file
     unlabeled: str = ""  # a list file or a folder; empty: the training pictures not labelled
+    check: Literal["headers", "full"] = "headers"  # of unlabelled pictures at the start; full: all
     supervised_only: bool = False  # the baseline: labelled pictures alone, at the same budget
 
 
@@ -217,6 +218,28 @@ def check_config(cfg: RunConfig) -> None:
             f"--data-path {cfg.data_path}: --dataset shapes draws its pictures; for your own add "
             "--dataset folder"
         )
+
+
+SMALLEST = 8  # pixels: less of a picture is not meant
+
+
+def check_scales(cfg: RunConfig, image: str, height: int, width: int) -> None:
+    """Raise InputError where a crop, at one of the scales, would show next to nothing of a picture.
+
+    A scale is a number, or in a script with --base-size the long side's share of that.
+    """
+    long = max(height, width)
+    for name in ("scales", "pair_scales", "tag_scales"):
+        base = getattr(cfg, "base_size", long)
+        sides = [scale * base for scale in getattr(cfg, name, ())]
+        for side in sides:
+            if side < SMALLEST:
+                what = f"leave {side:.2g} of {long} pixels of {image}; take larger ones"
+            elif cfg.crop_size * long / side < SMALLEST:
+                what = f"enlarge {image} so that a crop shows under {SMALLEST} pixels; take smaller"
+            else:
+                continue
+            raise InputError(f"{_flag(name)} {' '.join(map(str, getattr(cfg, name)))}: {what}")
 
 
 def _own_needs(kind: Any) -> Needs:

@@ -352,8 +352,7 @@ def read_image(path: str) -> np.ndarray:
     if path.startswith(DRAWN):
         return shapes.draw(path.removeprefix(DRAWN))[0].copy()
     image = _open(path, "picture")
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
-        raise InputError(f"{path}: has Pillow mode {image.mode}; convert it to 8-bit RGB")
+    _check_mode(path, image.mode)
     # By hand, for ImageOps.exif_transpose also writes the EXIF data back, and damaged ones fail.
     try:
         orientation = image.getexif().get(0x0112)
@@ -362,6 +361,20 @@ def read_image(path: str) -> np.ndarray:
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _check_mode(path: str, mode: str) -> None:
+    if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
+        raise InputError(f"{path}: has Pillow mode {mode}; convert it to 8-bit RGB")
+
+
+def read_header(path: str) -> tuple[int, int]:
+    """A picture's sides, of which no more than the header is read: it may still be cut short."""
+    if path.startswith(DRAWN):
+        return shapes.SIZE, shapes.SIZE
+    with _open(path, "picture", decode=False) as image:
+        _check_mode(path, image.mode)
+        return image.size[::-1]
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -395,10 +408,11 @@ def mask_size(path: str) -> tuple[int, int]:
         return mask.size[::-1]
 
 
-def _open(path: str, kind: str) -> Image.Image:
+def _open(path: str, kind: str, decode: bool = True) -> Image.Image:
     try:
         image = Image.open(path)
-        image.load()
+        if decode:
+            image.load()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such {kind}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

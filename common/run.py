@@ -21,9 +21,26 @@ from tqdm import tqdm
 
 from common import machine
 from common.augment import whole_view
-from common.data import Data, View, check, describe, load, training_loader, val_loader
+from common.data import (
+    Data,
+    View,
+    check,
+    describe,
+    load,
+    training_loader,
+    val_loader,
+)
 from common.deeplab import Ensemble, Together
-from common.flags import InputError, LoneError, RunConfig, SemiConfig, check_config, parse_config
+from common.flags import (
+    InputError,
+    LoneError,
+    RunConfig,
+    SemiConfig,
+    check_config,
+    check_scales,
+    parse_config,
+)
+from common.layouts import shortened
 from common.metrics import evaluate, iou
 from common.outputs import (
     choose_folder,
@@ -104,12 +121,36 @@ class Run:
 
     # --- set-up ---
 
-    def load(self) -> Data:
-        """The dataset's lists, by the flags of a SemiConfig; prints the counts."""
+    def load(self, mixed: bool = False) -> Data:
+        """The dataset's lists, by the flags of a SemiConfig; prints the counts.
+
+        mixed: unlabelled pictures are mixed with one another; then there must be two.
+        """
         cfg: SemiConfig = self.cfg
         data = load(cfg.dataset, cfg.data_path, cfg.labeled, cfg.unlabeled, cfg.seed)
-        self.print(data.summary())
+        if mixed and len(data.unlabeled) < 2 and not cfg.supervised_only:
+            (image, _), flag = data.unlabeled[0], "--no-cutmix"
+            flag = flag if isinstance(cfg.cutmix, bool) else "--cutmix off"
+            raise InputError(
+                f"{image}: the only unlabelled picture, CutMix has no other; add some, or {flag}"
+            )
+        self.tell(data)
         return data
+
+    def tell(self, data: Data) -> None:
+        """Print what a dataset's lists hold, and what of it a user may not expect."""
+        batch, lists = self.cfg.batch_size * self.world, {"labelled": data.labeled}
+        if isinstance(self.cfg, SemiConfig) and not self.cfg.supervised_only:
+            lists["unlabelled"] = data.unlabeled
+        few = [f"{len(pairs)} {kind}" for kind, pairs in lists.items() if len(pairs) < batch]
+        notes = list(data.notes)
+        if len(lists) == 2 and {i for i, _ in data.labeled} == {i for i, _ in data.unlabeled}:
+            notes.append("all training pictures are labelled: the same ones serve as unlabelled")
+        if few:
+            notes.append(
+                f"batches of {batch}, but {' and '.join(few)} pictures: they repeat within a batch"
+            )
+        self.print("\n".join([data.summary(), *notes]))
 
     def place(self, network: nn.Module) -> nn.Module:
         """The network on the run's device: machine.place."""
@@ -126,9 +167,13 @@ class Run:
         everything with a state_dict that the next step depends on, equal in all processes.
         Randomness needs no place in it: each step seeds its own.
         """
-        self.print(describe(data, check(data, self.rank, self.world)))
+        unlabeled = "unused" if getattr(self.cfg, "supervised_only", True) else self.cfg.check
+        fits = partial(check_scales, self.cfg)
+        counts = check(data, self.rank, self.world, unlabeled, fits)
+        self.print(describe(data, counts))
         self.data, self.networks, self.state = data, model, state
         self.model = model[0] if len(model) == 1 else Ensemble(model)
+        self.draws, self.skipped = {}, []
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
         self.started = time.time()
         machine.in_all_processes(self._open)
@@ -144,6 +189,7 @@ class Run:
         numbers = range(first * self.cfg.accum, last * self.cfg.accum)
         how = dict(batch_size=self.cfg.batch_size, seed=self.cfg.seed, **self.loading)
         loader = training_loader(self.data, split, view, numbers=numbers, **how)
+        self.draws[split] = loader.dataset
 
         def started_late() -> Iterator[list[Tensor]]:
             yield from loader
@@ -210,6 +256,8 @@ class Run:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             self._diverged(f"{bad[0]} is {values[bad[0]]}", step)
+        if self.world == 1:
+            self._note_broken(step)
         self._write_log({"step": step + 1, **values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.set_postfix_str(shown)
@@ -226,6 +274,7 @@ class Run:
         Statistics that processes kept apart are averaged first, in the whole state.
         """
         if self.due(step):
+            self._note_broken(step)
             for part in self.state.values():
                 if isinstance(part, nn.Module):
                     self.average_buffers(part)
@@ -287,6 +336,19 @@ class Run:
         if self.rank == 0:
             self._write_checkpoints(step + 1, ["last.pt"])
 
+    def _note_broken(self, step: int) -> None:
+        """Name unlabelled pictures that could not be read, once, on the screen and in the log."""
+        if "unlabeled" not in self.draws:
+            return
+        draws = self.draws["unlabeled"]
+        broken = machine.gather_sum(draws.broken.numpy()).nonzero()[0]  # in any process
+        images = [draws.items[index][0] for index in broken]
+        new = [image for image in images if image not in self.skipped]
+        self.skipped += new
+        if new and self.rank == 0:
+            self._write_log({"step": step + 1, "skipped": new})
+            tqdm.write(f"cannot be read, and another one is drawn instead: {shortened(new)}")
+
     # --- the folder ---
 
     def _open(self) -> None:
@@ -304,6 +366,7 @@ class Run:
         self.history = [
             {key: line[key] for key in line if key != "seconds"} for line in lines if "miou" in line
         ]
+        self.skipped = [image for line in lines for image in line.get("skipped", ())]
         if self.rank == 0:
             settings = asdict(self.cfg) | {"processes": self.world}
             open_folder(self.folder, lines, None if resumed else settings, self.cfg.resume)
@@ -330,7 +393,7 @@ class Run:
 
     def _settings(self) -> dict:
         """What a resumed run must share: its data, and all flags but those it may change."""
-        free = ("output_dir", "resume", "data_path", "workers", "device")
+        free = ("output_dir", "resume", "data_path", "workers", "device", "check")
         settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         pictures = " ".join(self.data.summary().split())
@@ -369,6 +432,8 @@ class Run:
             memory = ""
             if self.device.type == "cuda":
                 memory = f", {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB peak"
+            if self.skipped:
+                print(f"skipped {len(self.skipped)} unlabelled: {shortened(self.skipped)}")
             figures = "no network to evaluate"
             if self.history:
                 figures = f"mIoU {100 * self.miou:.2f} at the last step (best on validation "

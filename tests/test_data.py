@@ -19,8 +19,17 @@ from PIL import Image
 
 from common import shapes
 from common.augment import train_view, whole_view
-from common.data import _choose_labeled, check, describe, load, training_loader, val_loader
-from common.flags import InputError
+from common.data import (
+    Draws,
+    _choose_labeled,
+    check,
+    describe,
+    draws_loader,
+    load,
+    training_loader,
+    val_loader,
+)
+from common.flags import InputError, LoneError
 from common.layouts import read_image, read_mask
 
 
@@ -164,7 +173,7 @@ def test_what_can_be_meant_is_found(root, tmp_path, kind, name):
         rename(root, old, f"{kind}/train/{name}")
     data = loaded(root)
     assert len(data.labeled) == 6 and data.labeled[0][kind == "masks"].endswith(name)
-    assert data.notes == ["all training pictures are labelled: the same ones serve as unlabelled"]
+    assert data.notes == []
 
 
 def test_folders_behind_links_are_entered_and_circles_are_not(root, tmp_path):
@@ -667,6 +676,23 @@ def test_an_unlabelled_picture_that_is_missing_is_named(tmp_path):
     assert f"{root / GONE}: no such picture" in message(root, "1/2", dataset="voc")
 
 
+def test_headers_of_unlabelled_pictures_are_read(root):
+    """A deep picture's is enough to refuse it; one that is cut short shows when it is decoded."""
+    for name in ("001", "003"):
+        cut(root / f"images/train/{name}.jpg")
+    data = loaded(root, "1/2")
+    with pytest.raises(InputError) as caught:
+        check(data, unlabeled="full")
+    assert str(caught.value).startswith(f"{root / 'images/train/001.jpg'}: not a readable picture")
+    more = f"(1 more unlabelled pictures cannot be read: {root / 'images/train/003.jpg'})"
+    assert str(caught.value).endswith(more)
+    (root / "images/train/005.jpg").write_bytes(b"")
+    assert f"{root / 'images/train/005.jpg'}: not a readable picture" in message(root, "1/2")
+    deepen(root / "images/train/005.jpg")
+    assert f"{root / 'images/train/005.png'}: has Pillow mode I" in message(root, "1/2")
+    check(load("folder", str(root), "1/2", "", 0), unlabeled="unused")
+
+
 # --- reading pictures ---
 
 
@@ -812,6 +838,39 @@ def test_loaders_leave_torchs_global_generator_alone():
     assert len(list(training_loader(data, "labeled", VIEW, 2, range(3)))) == 3
     list(val_loader(replace(data, val=data.val[:2]), whole_view))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def spared(count, bad, batch=4, steps=range(12), workers=0):
+    """The numbers that draws take where these cannot be read, and those that were found bad."""
+
+    def read(number):
+        if number in bad:
+            raise InputError(f"{number}: is broken")
+        return (torch.tensor(number),)
+
+    draws = Draws(range(count), read, lambda number: (number,), (0, 1), batch, spare=True)
+    loader = draws_loader(draws, batch, steps, workers=workers)
+    return [numbers.tolist() for (numbers,) in loader], draws.broken.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("count, bad", [(11, {3}), (11, {0, 5, 7}), (3, {1})])
+def test_what_cannot_be_read_gives_way_to_another(count, bad):
+    """The same one whatever the workers and the beginning; no good draw moves."""
+    (whole, _), (stream, found) = spared(count, set()), spared(count, bad)
+    assert found == sorted(bad)
+    for before, after in zip(whole, stream, strict=True):
+        assert not set(after) & bad
+        assert all(b == a for b, a in zip(before, after, strict=True) if b not in bad)
+        assert count < 4 or len(set(after)) == 4  # no picture is its own partner
+    assert spared(count, bad, workers=2) == (stream, found)
+    assert spared(count, bad, steps=range(5, 12))[0] == stream[5:]
+
+
+def test_where_nothing_can_be_read_it_ends():
+    with pytest.raises(LoneError, match="is broken, and so with all that were tried"):
+        spared(5, set(range(5)))
+    with pytest.raises(LoneError, match="is broken"):
+        spared(1, {0})
 
 
 def test_views_do_not_spoil_the_drawn_pictures():

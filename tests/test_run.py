@@ -12,13 +12,17 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import trees
-from few_shapes import SEMI, finish, start
+from few_shapes import SEMI, SMALL, finish, start
 from torch import nn
 
+import cac
 import cps
+import ial
+import psmt
 from common import machine, shapes
 from common.augment import whole_view
 from common.data import load, val_loader
@@ -509,6 +513,83 @@ def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, capsys):
         assert guard(monkeypatch, capsys, "--lr=0") == message
 
 
+@pytest.fixture
+def root(tmp_path):
+    return trees.folder_tree(tmp_path / "data")
+
+
+def own(root, folder, script=cps, **flags):
+    """A run on one's own folder."""
+    usual = SMALL | (dict(background="ground") if script is ial else dict(labeled="1/2"))
+    usual |= dict(dataset="folder", data_path=str(root))
+    return script.train(script.Config(output_dir=str(folder), **usual | flags))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unlabelled_picture_that_is_broken_is_named_once_and_skipped(
+    workers, root, light, tmp_path, capsys, power_cut
+):
+    path = root / "images/train/003.jpg"
+    path.write_bytes(path.read_bytes()[:700])
+    flags = dict(workers=workers, iters=6)
+    whole = own(root, tmp_path / "whole", **flags)
+    said = capsys.readouterr().out
+    assert said.count(f"cannot be read, and another one is drawn instead: {path}\n") == 1
+    assert f"skipped 1 unlabelled: {path}\n" in said
+    lines = [line["skipped"] for line in logged(tmp_path / "whole") if "skipped" in line]
+    assert lines == [[str(path)]]
+    cut = tmp_path / "cut"
+    power_cut(4, partial(own, root, cut, resume=True, **flags))
+    again = own(root, cut, resume=True, **flags)
+    assert again.history == whole.history
+    assert capsys.readouterr().out.count("skipped 1 unlabelled") == 1
+    with pytest.raises(InputError, match=f"{path}: not a readable picture"):
+        own(root, tmp_path / "full", check="full")
+    own(root, tmp_path / "sup", check="full", supervised_only=True)
+
+
+def test_what_repeats_and_what_serves_twice_is_said(root, light, tmp_path, capsys):
+    own(root, tmp_path / "half", iters=1)
+    assert "repeat within" not in capsys.readouterr().out
+    own(root, tmp_path / "few", labeled="1/6", batch_size=6, iters=1)
+    few = "batches of 6, but 1 labelled and 5 unlabelled pictures: they repeat within a batch\n"
+    assert few in capsys.readouterr().out
+    own(root, tmp_path / "all", labeled="all", iters=1)
+    same = "all training pictures are labelled: the same ones serve as unlabelled\n"
+    assert same in capsys.readouterr().out
+    own(root, tmp_path / "sup", labeled="all", iters=1, supervised_only=True)
+    assert same not in capsys.readouterr().out
+
+
+def test_one_picture_is_not_mixed_with_itself(root, light, tmp_path):
+    one = tmp_path / "one"
+    trees.save_picture(one / "a.jpg", np.random.default_rng(0))
+    flags = dict(unlabeled=str(one), iters=1)
+    message = said(partial(own, root, tmp_path / "run", **flags))
+    assert message.startswith(f"{one / 'a.jpg'}: the only unlabelled picture")
+    assert message.endswith("add some, or --no-cutmix")
+    assert "--cutmix off" in said(partial(own, root, tmp_path / "run", psmt, **flags))
+    own(root, tmp_path / "off", cutmix=False, **flags)
+    own(root, tmp_path / "sup", supervised_only=True, **flags)
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        (cps, dict(scales=(1.0, 0.1)), "--scales 1.0 0.1: leave 6.4 of 64 pixels of .*/000.jpg"),
+        (cps, dict(scales=(9.0,)), "--scales 9.0: enlarge .*/000.jpg so that a crop shows under 8"),
+        (psmt, dict(scales=(0.1, 1.0)), "--scales 0.1 1.0: leave 6.4 of 64 pixels"),
+        (cac, dict(scales=(1.0, 9.0)), "--scales 1.0 9.0: enlarge"),
+        (cac, dict(pair_scales=(1.0, 9.0)), "--pair-scales 1.0 9.0: enlarge"),
+        (ial, dict(scales=(0.1,)), "--scales 0.1: leave 6.4 of 64"),
+        (ial, dict(tag_scales=(0.1,)), "--tag-scales 0.1: leave 6.4 of 64"),
+    ],
+)
+def test_scales_that_leave_nothing_of_a_picture_are_refused(script, flags, words, root, tmp_path):
+    with pytest.raises(InputError, match=words):
+        own(root, tmp_path / "run", script, **flags)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_breaks_midway_is_named(workers, light, tmp_path, monkeypatch, capsys):
     """Unlabelled pictures are first decoded when drawn; a loader process hands its error over.
@@ -517,7 +598,7 @@ def test_a_picture_that_breaks_midway_is_named(workers, light, tmp_path, monkeyp
     """
     root = trees.folder_tree(tmp_path / "data")
     for path in sorted((root / "images" / "train").glob("*"))[1:]:
-        path.write_bytes(path.read_bytes()[:300])
+        path.write_bytes(path.read_bytes()[:700])
     flags = "--dataset folder --labeled 1/6 --weights none --backbone resnet18 --iters 2 --width 8"
     flags += f" --batch-size 2 --crop-size 32 --workers {workers}"
     where = ["--data-path", root, "--output-dir", tmp_path / "run"]

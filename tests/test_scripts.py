@@ -35,7 +35,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(supervision="prob_kl", cutmix=False, amp="auto"),
         dict(supervision="mean_teacher"),
         dict(supervision="mean_teacher", cutmix=False),
-        dict(supervision="single"),
+        dict(supervision="single", check="full"),
         dict(supervision="pseudoseg", cutmix=False),
     ],
     "psmt": [
@@ -44,7 +44,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(teachers="copy", ohem=True, crop_size=232, eval_window=48),
         dict(cutmix="boxes", zoom=True, amp="bf16"),
         dict(cutmix="off", pseudo_eval=True, count_padding=True, scales=(0.3, 0.5)),
-        dict(eps=0.0),
+        dict(eps=0.0, check="full"),
     ],
     "cac": [
         dict(),
@@ -52,7 +52,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(projector=False, jitter=True, eval_window=48),
         dict(context=False, amp="bf16", dropout=0.5),
         dict(directed=False, mean_over="overlap", bank=0),
-        dict(class_filter=False, gamma=0.0),
+        dict(class_filter=False, gamma=0.0, check="full"),
     ],
     "ial": [
         dict(),
@@ -174,6 +174,7 @@ SEEN_ELSEWHERE = {  # what a flag changes that no short run shows
     "weights": "tests/test_deeplab.py",
     "backbone": "tests/test_deeplab.py",
     "unlabeled": "tests/test_data.py",
+    "check": "tests/test_run.py",
     "ohem": "tests/test_losses_optim.py; refused on small crops",
     "workers": "the same batches",
     "device": "the same result",

@@ -338,7 +338,7 @@ def describe(data: Data, counts: np.ndarray) -> str:
     learns = data.tags is None  # of tags: the masks of training pictures are for scores alone
     for row, name in ((0, "labelled"), (1, "validation")):
         shown = np.flatnonzero(known[row])
-        if (row == 0 and not learns) or len(shown) > 1 or len(data.classes) == 1:
+        if (not learns and (row == 0 or not data.val)) or len(shown) > 1 or len(data.classes) == 1:
             continue
         if not len(shown):
             raise InputError(
@@ -348,6 +348,8 @@ def describe(data: Data, counts: np.ndarray) -> str:
         if row == 0:
             advice = "; 255 is void: write 1 where the object is" * bool(void[row])
             raise InputError(f"{only} of {len(data.classes)}{advice}")
+    if not counts.any():
+        return "no masks: nothing is scored"
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     width = max(map(len, [*data.classes, "void"]))
     lines = [f"{'% of pixels':{width}}  labelled  validation"]

@@ -192,19 +192,21 @@ class Maps:
         return run.gather(counts[None]).sum(dim=0)[:, :-1].cpu().double()
 
     def panels(self, path: Path, kinds: Sequence[str], rows: int = 6) -> None:
-        """Write one PNG of some pictures, with those of `kinds` that were made, and the truth."""
+        """Write one PNG of some pictures, with those of `kinds` that were made, and their masks."""
         kinds, strips = [kind for kind in kinds if (self.folder / kind).is_dir()], []
+        masked = any(mask for _, mask in self.pairs)
         for index in sorted({round(i) for i in np.linspace(0, len(self.names) - 1, rows)}):
             image, ids = self.image(index), self.read("superpixels", index)
             heat = (255 * self.read("cam", index).amax(dim=0)).byte().expand(3, -1, -1)
             sums = torch.zeros(3, self.count).index_add(1, ids.flatten(), image.flatten(1).float())
             regions = (sums / ids.flatten().bincount(minlength=self.count))[:, ids].byte()
             labels = [self.labels(self.read(k, index)[None], ids.shape)[0] for k in kinds]
-            labels.append(self.truth(index))
+            labels += [self.truth(index)] * masked
             row = [cell.permute(1, 2, 0).numpy() for cell in (image, heat, regions)]
             row += [colorize(label.byte().numpy(), self.data.colors) for label in labels]
             strips.append(row)
-        sheet(path, ["image", "activation", "superpixels", *kinds, "truth"], strips, self.data)
+        titles = ["image", "activation", "superpixels", *kinds, *["truth"] * masked]
+        sheet(path, titles, strips, self.data)
 
 
 class Stored(Dataset):

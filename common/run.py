@@ -303,25 +303,30 @@ class Run:
 
         ious (K,): the model's IoU by class in [0, 1], NaN for a class that does not occur; others:
         those of networks that are not the model, whose mean is logged beside. Raises InputError
-        when weights are not finite: no checkpoint is written then.
+        when weights are not finite: no checkpoint is written then. Without validation masks all are
+        NaN: only the log and `last.pt` are written.
         """
         weights = (weight for network in self.networks for weight in network.parameters())
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._diverged("a weight is not finite", step)
         self.miou, done = ious.nanmean().item(), step + 1
+        scored = not math.isnan(self.miou)  # not without validation masks
         by_class = [None if math.isnan(value) else value for value in ious.tolist()]
         means = {name: other.nanmean().item() for name, other in others.items()}
-        entry = {"step": done, "miou": self.miou, "iou": by_class, **means}
+        entry = {"step": done, "miou": self.miou if scored else None, "iou": by_class, **means}
         self.history.append(entry)
         if self.rank:
             return
         better = self.miou > self.best
         self.best = self.miou if better else self.best
         self._write_log(entry)  # first: a log line too many is cut when the run is resumed
-        replace_text(self.folder / "iou.txt", iou_table(self.data.classes, by_class, self.miou))
+        if scored:
+            table = iou_table(self.data.classes, by_class, self.miou)
+            replace_text(self.folder / "iou.txt", table)
         self._write_checkpoints(done, ["best.pt"] * better + ["last.pt"])
         shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
-        tqdm.write(f"step {done}/{self.total}  mIoU {100 * self.miou:.2f}{shown}")
+        figure = f"mIoU {100 * self.miou:.2f}" if scored else "no mIoU"
+        tqdm.write(f"step {done}/{self.total}  {figure}{shown}")
 
     def note(self, step: int, stage: str, **figures: float) -> None:
         """A line of the log, and on the screen; one that is not finite could not be measured."""
@@ -435,7 +440,9 @@ class Run:
             if self.skipped:
                 print(f"skipped {len(self.skipped)} unlabelled: {shortened(self.skipped)}")
             figures = "no network to evaluate"
-            if self.history:
+            if not self.data.val:
+                figures = "no validation masks, no mIoU"
+            elif self.history:
                 figures = f"mIoU {100 * self.miou:.2f} at the last step (best on validation "
                 figures += f"{100 * self.best:.2f})"
             print(f"{figures}, {time.time() - self.started:.0f} s{memory}: {self.folder}")

@@ -12,7 +12,7 @@ import torch
 from common import coco
 from common.data import Data, layout
 from common.flags import InputError
-from common.layouts import BAD, read_lines, read_mask
+from common.layouts import BAD, read_mask, read_numbered, shortened
 from common.losses import VOID
 
 BACKGROUNDS = ("background", "_background_", "ground")  # names of a class 0 that is no tag
@@ -26,10 +26,11 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
     background: class names, separated by commas, that are merged into class 0; needed where class
     0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id,
     with or without suffix, and its class names, a line each; commas or tabs where names hold
-    blanks), else from VOC's Annotations/ or COCO's instances, else from the classes in the masks.
-    Pictures that show background alone are left out. Raises InputError that names the file or flag.
+    blanks; what follows a # is a comment), else from VOC's Annotations/ or COCO's instances, else
+    from the classes in the masks. Pictures that show background alone are left out. There may be no
+    validation masks: then `val` is empty. Raises InputError that names the file or flag.
     """
-    found = merge_background(layout(dataset, data_path), background)
+    found = merge_background(layout(dataset, data_path, scored=False), background)
     names, listed = list(found.train), found.root / "tags.txt"
     if dataset != "shapes" and listed.is_file():
         shown = _read_tags(listed, found)
@@ -48,6 +49,11 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
     for index, name in enumerate(found.classes[1:], 1):
         if not any(index in classes for classes in shown.values()):
             raise InputError(f"{found.root}: no training picture shows the class {name}")
+    unused = [name for name in names if name not in shown]
+    if unused:
+        found.notes.append(
+            f"training pictures without a tag are not used: {len(unused)} ({shortened(unused)})"
+        )
     train = {name: found.train[name] for name in sorted(shown)}
     tags = torch.zeros(len(train), len(found.classes), dtype=torch.bool)
     for row, name in zip(tags, train, strict=True):
@@ -86,7 +92,12 @@ def _read_tags(path: Path, found: Data) -> dict[str, set[int]]:
     """The classes of the pictures that a tags.txt lists; the others are not used."""
     files = {name + Path(image).suffix: name for name, (image, _) in found.train.items()}
     shown = {}
-    for line in read_lines(path):
+    for number, line in read_numbered(path):
+        start = re.split(r"[\s,]", line)[0]
+        if line[0] == "#" and files.get(start, start) not in found.train:
+            continue
+        line = re.split(r"\s#(?:\s|$)", line)[0].rstrip()  # a comment behind the classes
+        where = f"{path}: line {number}"
         separator = "\t" if "\t" in line else "," if "," in line else None
         first, *classes = (word.strip() for word in line.split(separator))
         if separator == "," and files.get(first, first) not in found.train and " " in first:
@@ -94,12 +105,12 @@ def _read_tags(path: Path, found: Data) -> dict[str, set[int]]:
             classes = rest + classes
         name = files.get(first, first)
         if name not in found.train:
-            raise InputError(f"{path}: lists {first}, which is no training picture")
+            raise InputError(f"{where} lists {first}, which is no training picture; leave it out")
         if not classes:
-            raise InputError(f"{path}: {first} has no tag; name its classes or leave it out")
+            raise InputError(f"{where}: {first} has no tag; name its classes or leave it out")
         for tag in classes:
             if tag not in found.classes[1:]:
-                raise InputError(f"{path}: {tag} is no tag; {', '.join(found.classes[1:])} are")
+                raise InputError(f"{where}: {tag} is no tag; {', '.join(found.classes[1:])} are")
         shown.setdefault(name, set()).update(map(found.classes.index, classes))
     return shown
 

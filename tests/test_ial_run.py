@@ -371,6 +371,28 @@ def test_masks_are_not_read_but_for_scores(whole, data, tmp_path):
     assert (tmp_path / "none" / "panels.png").is_file()
 
 
+def test_a_run_needs_no_validation_masks(whole, data, tmp_path, capsys, monkeypatch):
+    root, folder, titles = tmp_path / "data", tmp_path / "run", []
+    shutil.copytree(data, root)
+    listed = {name: SHOWN[int(name)].translate({49: "cat\t", 50: "sea lion"}) for name in NAMES}
+    (root / "tags.txt").write_text("".join(f"{name}\t{t}\n" for name, t in listed.items()))
+    shutil.rmtree(root / "masks")
+    sheet = common.maps.sheet
+    monkeypatch.setattr(common.maps, "sheet", lambda *a: titles.extend(a[1]) or sheet(*a))
+    for again in (False, True):
+        result = run(folder, root, resume=again)
+        assert same(weights(folder), weights(whole[0])) and files(folder) == files(whole[0])
+        assert math.isnan(result.miou) and [e["miou"] for e in result.history] == [None, None]
+        assert not (folder / "best.pt").exists() and not (folder / "iou.txt").exists()
+        assert (folder / "panels.png").is_file() and "truth" not in titles
+        said = capsys.readouterr().out
+        assert "no validation masks: no mIoU, no best.pt\n" in said
+        assert "no masks: nothing is scored\n" in said
+        assert said.splitlines()[-1].startswith("no validation masks, no mIoU, ")
+        assert "nan" not in said.replace(str(tmp_path), "")
+    assert "NaN" not in (folder / "log.jsonl").read_text()
+
+
 def test_a_run_that_stops_in_any_stage_goes_on_exactly(whole, data, tmp_path, monkeypatch):
     """Twice in each stage: before its second step is logged, and between two of its maps."""
     log, write, taken, stop = Run.log, Maps.write, [], {}

@@ -8,7 +8,7 @@ import torch
 import trees
 
 from common import shapes
-from common.data import check
+from common.data import check, describe
 from common.layouts import BAD, CITYSCAPES, VOID, voc_colors
 from common.run import InputError
 from common.tags import load_tagged
@@ -75,8 +75,9 @@ def test_tags_of_masks_leave_out_pictures_of_background_alone(tmp_path):
         "001 sea lion, cat\n000 cat\n",
         "\ufeff001\tcat\tsea lion\r\n\r\n  000\tcat  \r\n",
         "000 cat\n001 cat\n001\tsea lion",
+        "# by hand, in May\n000 cat # blurred\n#\n001, cat, sea lion #\n  # the end",
     ],
-    ids=["commas", "files", "blank-comma", "tabs-crlf", "twice"],
+    ids=["commas", "files", "blank-comma", "tabs-crlf", "twice", "comments"],
 )
 def test_tags_txt_goes_before_masks_which_need_not_be_there(text, tmp_path):
     """The pictures that it does not list are not used."""
@@ -89,6 +90,40 @@ def test_tags_txt_goes_before_masks_which_need_not_be_there(text, tmp_path):
     data = load_tagged("folder", str(root))
     assert shown(data) == expected and not any(mask for _, mask in data.labeled)
     check(data)
+
+
+def test_names_may_begin_with_what_begins_a_comment(tmp_path):
+    root = tagged_tree(tmp_path, classes=("background", "c#", "#2"))
+    (root / "images/train/000.png").rename(root / "images/train/#1.png")
+    (root / "tags.txt").write_text("#1.png, c#\n#2.png, c#\n001 c# #2\n")
+    assert shown(load_tagged("folder", str(root))) == {"#1": {"c#"}, "001": {"c#", "#2"}}
+
+
+def test_what_no_tag_is_given_to_is_named(tmp_path):
+    root = tagged_tree(tmp_path)
+    note = "training pictures without a tag are not used: 1 (003)"
+    assert load_tagged("folder", str(root)).notes == [note]
+    (root / "tags.txt").write_text("000 cat\n001\tsea lion\n")
+    note = "training pictures without a tag are not used: 4 (002, 003, 004, 005)"
+    assert load_tagged("folder", str(root)).notes == [note]
+
+
+@pytest.mark.parametrize("gone", ["masks", "masks/val", "images/val"])
+def test_validation_masks_may_be_missing(gone, tmp_path):
+    root = tagged_tree(tmp_path)
+    lines = [f"{k:03d}\tcat\tsea lion\n" for k in range(6)]
+    (root / "tags.txt").write_text("".join(lines))
+    shutil.rmtree(root / gone)
+    data = load_tagged("folder", str(root))
+    assert data.val == [] and len(data.labeled) == 6
+    assert "no validation masks: no mIoU, no best.pt" in data.notes
+    describe(data, check(data))
+
+
+def test_a_single_validation_mask_that_is_missing_is_refused(tmp_path):
+    root = tagged_tree(tmp_path)
+    (root / "masks/val/001.png").unlink()
+    assert "001.png: validation picture without a mask" in refusal("folder", str(root))
 
 
 def test_pictures_of_one_name_in_two_folders_and_names_with_blanks(tmp_path):
@@ -206,13 +241,14 @@ def refusal(*args):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("000 cat\n001\n", "001 has no tag"),
-        ("000 cat\n001 sea lion\n", "sea is no tag; cat, sea lion are"),
-        ("000 cat dog\n", "dog is no tag"),
-        ("000 background, cat\n", "background is no tag"),
-        (", cat\n", "which is no training picture"),
-        ("000 cat\n777 cat\n", "lists 777, which is no training picture"),
-        ("000, cat\n777.jpg, cat\n", "lists 777.jpg"),
+        ("000 cat\n\n001\n", "line 3: 001 has no tag"),
+        ("#\n000 cat\n001 sea lion\n", "line 3: sea is no tag; cat, sea lion are"),
+        ("000 cat dog\n", "line 1: dog is no tag"),
+        ("000 background, cat\n", "line 1: background is no tag"),
+        (", cat\n", "line 1 lists , which is no training picture"),
+        ("000 cat\n777 cat\n", "line 2 lists 777, which is no training picture"),
+        ("000, cat\n777.jpg, cat\n", "line 2 lists 777.jpg"),
+        ("000 # cat\n", "line 1: 000 has no tag"),
         ("\xff\xfe000", ""),  # no text
     ],
 )

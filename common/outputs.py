@@ -12,7 +12,10 @@ from common.flags import InputError, RunConfig, SemiConfig
 
 
 def choose_folder(script: str, cfg: RunConfig) -> Path:
-    """Where the run goes; an InputError when a folder given by hand holds another run."""
+    """Where the run goes; an InputError when a folder given by hand holds another run.
+
+    With --resume it may hold a run, of the same script.
+    """
     if cfg.output_dir:
         folder = Path(cfg.output_dir).expanduser()
         if folder.exists() and not folder.is_dir():
@@ -22,6 +25,11 @@ def choose_folder(script: str, cfg: RunConfig) -> Path:
                 f"--output-dir {folder}: holds another run; name a new folder, or continue that "
                 "run with --resume"
             )
+        try:
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or a damaged one, for which last.pt makes up
+            return folder
+        refuse_other(folder, script, settings)
         return folder
     name = f"{script}-{cfg.dataset}-s{cfg.seed}"
     if isinstance(cfg, SemiConfig):
@@ -38,26 +46,40 @@ def choose_folder(script: str, cfg: RunConfig) -> Path:
     return Path("runs") / (name if number == 1 else f"{name}-{number}")
 
 
+def refuse_other(folder: Path, script: str, settings: dict) -> None:
+    """Raise InputError where a run's settings are another script's; early ones name none."""
+    maker = settings.get("script", script)
+    if maker != script:
+        raise InputError(f"--output-dir {folder}: was made by {maker}.py; name another folder")
+
+
 def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt"))
 
 
-def open_folder(folder: Path, log: list[dict], settings: dict | None, again: bool) -> None:
+def open_folder(folder: Path, log: list[dict], settings: dict | None, again: bool) -> str:
     """Make the folder, with `log.jsonl` of these lines, and `config.json` of a run that begins.
 
-    again: the run may have begun before; otherwise no second one may take the folder.
+    again: the run may have begun before; otherwise no second one may take the folder. Returns the
+    name that the log of a run has now that begins afresh; "" without one.
     """
+    path, kept = folder / "log.jsonl", ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if settings is not None:
             if not again:  # two runs that start at once must not share a folder
                 (folder / "config.json").open("x").close()
             replace_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-        replace_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+            if path.is_file() and path.stat().st_size:
+                names = (f"log.old{number}.jsonl" for number in ("", *range(2, 10**6)))
+                kept = next(name for name in names if not (folder / name).exists())
+                path.rename(folder / kept)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in log))
     except FileExistsError as error:
         raise InputError(f"--output-dir {folder}: another run just took it") from error
     except OSError as error:
         raise InputError(f"--output-dir {folder}: cannot be written ({error})") from error
+    return kept
 
 
 def read_log(path: Path) -> list[dict]:

@@ -48,6 +48,7 @@ from common.outputs import (
     open_folder,
     plain,
     read_log,
+    refuse_other,
     replace_file,
     replace_text,
 )
@@ -99,7 +100,7 @@ class Run:
     def __init__(self, script: str, cfg: RunConfig, total: int | None = None):
         """total: the steps of all stages, for a script that has several; --iters when None."""
         check_config(cfg)
-        self.cfg, self.total = cfg, total or cfg.iters
+        self.script, self.cfg, self.total = script, cfg, total or cfg.iters
         self.device = machine.find_device(cfg.device)
         self.rank, self.world = machine.join_processes(self.device)
         machine.keep_memory()
@@ -173,12 +174,19 @@ class Run:
         self.print(describe(data, counts))
         self.data, self.networks, self.state = data, model, state
         self.model = model[0] if len(model) == 1 else Ensemble(model)
-        self.draws, self.skipped = {}, []
+        self.draws, self.begins, self.clocks, self.planned = {}, {}, {}, False
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
         self.started = time.time()
         machine.in_all_processes(self._open)
         precision = "bf16 where it can be (--amp none: float32)" if self.bf16 else "float32"
         self.print(f"on {self.device}, in {precision}: {self.folder}")
+        if self.first == self.total:
+            self.print(f"--resume: all {self.total} steps are done")
+        elif self.first:
+            self.print(f"--resume: goes on after step {self.first} of {self.total}")
+        elif self.cfg.resume:
+            kept = f"; its log is {self.kept} now" * bool(self.kept)
+            self.print(f"--resume: nothing to resume, begins at step 1{kept}")
 
     def batches(self, split: str, view: View, begin: int = 0) -> Iterator[list[Tensor]]:
         """--accum batches for each step left, from step `begin` on: common.data.training_loader.
@@ -189,7 +197,7 @@ class Run:
         numbers = range(first * self.cfg.accum, last * self.cfg.accum)
         how = dict(batch_size=self.cfg.batch_size, seed=self.cfg.seed, **self.loading)
         loader = training_loader(self.data, split, view, numbers=numbers, **how)
-        self.draws[split] = loader.dataset
+        self.draws[split], self.begins[split] = loader.dataset, begin
 
         def started_late() -> Iterator[list[Tensor]]:
             yield from loader
@@ -232,12 +240,47 @@ class Run:
         on_terminal = self.rank == 0 and sys.stderr.isatty()
         self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=not on_terminal)
         accum = self.cfg.accum
+        if steps and not self.planned:
+            self._say_plan()
         with machine.tuning(self.device.type == "cuda"):
             for step in self.bar:
+                self._say_time(step, steps)
                 for number in range(accum):
                     self.more_to_come = number + 1 < accum
                     self.seed(step * accum + number)
                     yield step
+
+    def _say_plan(self) -> None:
+        """How many steps there are, of how many pictures, and what epochs they amount to."""
+        self.planned, cfg = True, self.cfg
+        factors = (cfg.batch_size, "batch"), (cfg.accum, "accum"), (self.world, "processes")
+        several = [f"{count} {name}" for count, name in factors if count > 1]
+        count = math.prod(number for number, _ in factors)
+        how = f" ({' x '.join(several)})" * (len(several) > 1)
+
+        def epochs(pairs: list, begin: int = 0) -> str:
+            return f"{(self.total - begin) * count / len(pairs):.3g}"
+
+        sizes, passes = str(count), f"{epochs(self.data.labeled)} epochs"
+        if not getattr(cfg, "supervised_only", True):
+            sizes = f"{count} labelled and {count} unlabelled"
+            others = epochs(self.data.unlabeled, self.begins.get("unlabeled", 0))
+            passes += f" of the labelled, {others} of the unlabelled"
+        self.print(f"{self.total} steps of {sizes} pictures{how}: {passes}")
+
+    def _say_time(self, step: int, steps: range) -> None:
+        """How long it will take: by five steps, soon after the start and after a warm-up."""
+        starts = {max(begin, steps.start) for begin in (0, self.begins.get("unlabeled", 0))}
+        if self.rank or not {step - 3, step - 8} & starts:  # the first steps take longer
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if step - 8 in starts:
+            seconds = (time.time() - self.clocks[step - 5]) / 5 * (steps.stop - step)
+            if seconds >= 20:
+                left = f"about {duration(seconds)} to step {steps.stop}"
+                tqdm.write(f"step {step}/{self.total}  {left}, without evaluations")
+        self.clocks[step] = time.time()
 
     def seed(self, step: int) -> None:
         """Seed torch by --seed, a step and the process."""
@@ -357,7 +400,7 @@ class Run:
     # --- the folder ---
 
     def _open(self) -> None:
-        self.first, self.miou, self.best = 0, math.nan, -1.0
+        self.first, self.miou, self.best, self.kept = 0, math.nan, -1.0, ""
         resumed = self.cfg.resume and (self.folder / "last.pt").is_file()
         if self.world > 1:
             seen = [None] * self.world
@@ -374,7 +417,8 @@ class Run:
         self.skipped = [image for line in lines for image in line.get("skipped", ())]
         if self.rank == 0:
             settings = asdict(self.cfg) | {"processes": self.world}
-            open_folder(self.folder, lines, None if resumed else settings, self.cfg.resume)
+            settings = None if resumed else settings | {"script": self.script}
+            self.kept = open_folder(self.folder, lines, settings, self.cfg.resume)
 
     def _load(self) -> None:
         path = self.folder / "last.pt"
@@ -384,7 +428,8 @@ class Run:
         except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
             kind = type(error).__name__
             raise InputError(f"{path}: unreadable ({kind}); delete it to start afresh") from error
-        now = self._settings()
+        refuse_other(self.folder, self.script, settings)
+        settings, now = settings | {"script": self.script}, self._settings()
         for name in settings | now:
             if settings.get(name) != now.get(name):
                 flag = name if name in ("processes", "pictures") else f"--{name.replace('_', '-')}"
@@ -402,7 +447,7 @@ class Run:
         settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         pictures = " ".join(self.data.summary().split())
-        return settings | {"processes": self.world, "pictures": pictures}
+        return settings | dict(script=self.script, processes=self.world, pictures=pictures)
 
     def _write_checkpoints(self, done: int, names: list[str]) -> None:
         """best.pt holds the model alone, last.pt also all that resuming takes."""
@@ -457,6 +502,13 @@ class Run:
         seconds = round(time.time() - self.started, 1)
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry | {"seconds": seconds}) + "\n")
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _mix(*numbers: int) -> int:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import trees
 from few_shapes import SEMI, SMALL, finish, start
+from few_shapes import TINY as TINY_OF
 from torch import nn
 
 import cac
@@ -41,7 +42,7 @@ from common.flags import (
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
 from common.outputs import replace_file, replace_text
-from common.run import InputError, Run, main
+from common.run import InputError, Run, duration, main
 
 TINY = SEMI | dict(iters=8)
 
@@ -311,7 +312,11 @@ def test_outputs_are_complete_and_the_checkpoints_rebuild_the_model(few, light, 
     for name, steps in (("miou", [2, 4, 6, 8]), ("loss_sup", [*range(1, 9)])):
         assert [line["step"] for line in logged(tmp_path) if name in line] == steps
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["batch_size"] == 2 and set(config) == {"processes", *asdict(cps.Config())}
+    assert config["batch_size"] == 2 and set(config) == {
+        "processes",
+        "script",
+        *asdict(cps.Config()),
+    }
     rows = (tmp_path / "iou.txt").read_text().splitlines()
     assert [row.split("\t")[0] for row in rows] == [*shapes.CLASSES, "mean"]
     assert rows[-1] == f"mean\t{100 * result.miou:.2f}"
@@ -443,17 +448,108 @@ def test_resume_refuses_other_flags_and_broken_checkpoints(few, light, tmp_path,
 
 def test_resuming_a_finished_run_gives_its_result(few, light, tmp_path):
     first = train(tmp_path, iters=2)
-    again = train(tmp_path, iters=2, resume=True, workers=1, device="auto", data_path="x")
+    again = train(tmp_path, iters=2, resume=True, workers=1, device="auto")
     assert again.miou == first.miou and again.history == first.history
     for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b.cpu())
 
 
-def test_resume_without_a_checkpoint_starts_afresh(few, light, tmp_path):
+@pytest.mark.parametrize("damage", [None, "last.pt", "config.json"])
+def test_another_scripts_run_is_not_resumed(damage, few, light, tmp_path):
+    train(tmp_path, iters=2)
+    for name in {"last.pt": ["last.pt"], "config.json": ["config.json"]}.get(damage, []):
+        (tmp_path / name).unlink()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    flags = SEMI | dict(output_dir=str(tmp_path), iters=2, resume=True)
+    message = said(partial(cac.train, cac.Config(**flags)))
+    assert message == f"--output-dir {tmp_path}: was made by cps.py; name another folder"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_from_before_scripts_left_their_names_is_resumed(few, light, tmp_path):
+    train(tmp_path, iters=2)
+    content = saved(tmp_path)
+    del content["settings"]["script"]
+    torch.save(content, tmp_path / "last.pt")
+    (tmp_path / "config.json").write_text("[")
+    train(tmp_path, iters=2, resume=True)
+
+
+def test_resume_says_where_it_goes_on(few, light, tmp_path, capsys, power_cut):
+    train(tmp_path / "new", iters=2, resume=True)
+    out = capsys.readouterr().out
+    assert "--resume: nothing to resume, begins at step 1\n" in out
+    power_cut(3, partial(train, tmp_path / "cut", iters=4))
+    assert "--resume" not in capsys.readouterr().out
+    train(tmp_path / "cut", iters=4, resume=True)
+    assert "--resume: goes on after step 2 of 4\n" in capsys.readouterr().out
+    train(tmp_path / "cut", iters=4, resume=True)
+    out = capsys.readouterr().out
+    assert "--resume: all 4 steps are done\n" in out and "epochs" not in out
+
+
+@pytest.mark.parametrize(
+    "script, flags, plan",
+    [
+        (cps, {}, "2 labelled and 2 unlabelled pictures: 2 epochs of the labelled, 1 of the un"),
+        (
+            psmt,
+            dict(accum=3, warmup=0.5),
+            "6 labelled and 6 unlabelled pictures (2 batch x 3 accum): 6 epochs of the labelled, "
+            "1.5 of the un",
+        ),
+        (cac, dict(supervised_only=True), "2 pictures: 2 epochs\n"),
+    ],
+)
+def test_the_start_says_how_many_steps_of_what(script, flags, plan, few, light, tmp_path, capsys):
+    usual = TINY_OF[script.__name__] | dict(output_dir=str(tmp_path / "run"), iters=4)
+    script.train(script.Config(**usual | flags))
+    assert f"\n4 steps of {plan}" in capsys.readouterr().out
+
+
+def test_the_plan_of_stages_is_said_once(few, light, tmp_path, capsys):
+    ial.train(ial.Config(**TINY_OF["ial"] | dict(output_dir=str(tmp_path / "run"))))
+    out = capsys.readouterr().out
+    assert "\n10 steps of 2 pictures: 1.67 epochs\n" in out and out.count("epochs") == 1
+
+
+def test_soon_after_the_start_and_a_warm_up_the_time_left_is_said(
+    few, light, tmp_path, capsys, monkeypatch
+):
+    run, _ = begun(tmp_path, iters=1000)
+    run.batches("unlabeled", whole_view, begin=20)
+    now, seconds = 0.0, {False: 7, True: 60}
+    monkeypatch.setattr(time, "time", lambda: now)
+    for step in itertools.islice(run.loop(), 40):
+        now += 1000 if step < 3 else seconds[step >= 20]  # the first steps take longest
+    lines = [line for line in capsys.readouterr().out.splitlines() if "about" in line]
+    assert lines == [
+        "step 8/1000  about 1.9 h to step 1000, without evaluations",
+        "step 28/1000  about 16.2 h to step 1000, without evaluations",
+    ]
+    assert [duration(s) for s in (20, 89, 100, 5000, 6000)] == "20 s,89 s,2 min,83 min,1.7 h".split(
+        ","
+    )
+    now, seconds = 0.0, {False: 0.01, True: 0.01}
+    for _ in itertools.islice(run.loop(), 40):
+        now += 0.01
+    assert "about" not in capsys.readouterr().out  # too soon over
+
+
+def test_resume_without_a_checkpoint_starts_afresh(few, light, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_sup": 3.0}\n{"st')
+    before = '{"step": 1, "loss_sup": 3.0}\n{"st'
+    (tmp_path / "log.jsonl").write_text(before)
     train(tmp_path, iters=2, resume=True)
     assert [line["step"] for line in logged(tmp_path)] == [1, 2, 2]
+    assert "nothing to resume, begins at step 1; its log is log.old.jsonl now\n" in (
+        capsys.readouterr().out
+    )
+    assert (tmp_path / "log.old.jsonl").read_text() == before
+    (tmp_path / "last.pt").unlink()
+    second = (tmp_path / "log.jsonl").read_text()
+    train(tmp_path, iters=2, resume=True)
+    assert (tmp_path / "log.old2.jsonl").read_text() == second
     assert json.loads((tmp_path / "config.json").read_text())["iters"] == 2
 
 

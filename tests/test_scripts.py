@@ -261,9 +261,9 @@ def test_recipes_train_on_tiny_trees(name, dataset, light, tmp_path):
     flags |= dict(backbone="resnet18", weights="none", iters=2, workers=1)
     flags |= dict(eval_window=32) if recipe.get("eval_window") else {}
     if "labeled" in TINY[name]:
-        flags |= dict(labeled="1/2")
+        flags |= dict(labeled="1/3")  # CutMix needs two that are left
     else:
-        flags |= dict(net="small", background=BACKGROUND.get(dataset, ""))
+        flags |= dict(net="small", background=BACKGROUND.get(dataset, ""), tag_scales=(0.5,))
     result = train(name, tmp_path / "run", data_path=str(tree(tmp_path / "data")), **flags)
     assert math.isfinite(result.miou) and len(result.history[-1]["iou"]) == classes
 

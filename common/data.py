@@ -57,9 +57,9 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
         if dataset == "folder":
             _need_folder(data.root / "masks" / "train")
         reasons = "".join(f"; {note}" for note in data.notes)
-        raise InputError(f"{data.root}: no training picture has a mask{reasons}")
+        raise InputError(f"{data.root}: no training picture has a mask; add some{reasons}")
     chosen = _choose_labeled(labeled, data.train, data.root, seed, unique)
-    for image, _ in sorted(set(chosen) & set(data.val)):
+    for image in sorted(same_files(data.val, chosen).values()):
         raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
     others = _choose_unlabeled(unlabeled, data.train, data.root, chosen, unique)
     seen = same_files(data.val, others)
@@ -74,7 +74,9 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
         # Of a folder of all pictures the others are meant.
         others = [pair for index, pair in enumerate(others) if index not in seen]
         if not others:
-            raise InputError(f"--unlabeled {unlabeled}: holds validation pictures alone")
+            raise InputError(
+                f"--unlabeled {unlabeled}: holds validation pictures alone; name others"
+            )
         data.notes.append(
             f"--unlabeled {unlabeled}: {len(seen)} validation pictures left out, such as {image}"
         )

@@ -167,17 +167,17 @@ def _left_over(root: Path, used: set[str]) -> list[str]:
                 (pictures if kind == "images" else masks).append(name)
     found = (
         (pictures, "in neither train/ nor val/"),
-        (masks, "with no picture of the name, or no .png"),
-        (others, "no pictures"),
+        (masks, "no picture of that name, or no .png"),
+        (others, "no picture"),
     )
-    parts = [f"{len(names)} {what}: {shortened(names)}" for names, what in found if names]
+    parts = [f"{shortened(names)} ({what})" for names, what in found if names]
     count = len(pictures) + len(masks) + len(others)
-    return [f"{count} file{'s' * (count > 1)} left over; {'; '.join(parts)}"] if count else []
+    return [f"files left over: {count}; {'; '.join(parts)}"] if count else []
 
 
 def shortened(names: list[str], most: int = 5) -> str:
-    """Names with commas between; of many the first."""
-    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+    """Names with commas between; of many the first ones."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 def voc_root(root: Path) -> Path:
@@ -290,13 +290,11 @@ def walk(folder: Path) -> list[Path]:
         if real in above:
             return
         try:
-            entries = list(os.scandir(place))
+            names = os.listdir(place)
         except OSError as error:
             raise InputError(f"{place}: cannot be listed ({error}); move it or allow it") from error
-        for entry in entries:
-            if entry.name[0] != ".":
-                path = place / entry.name
-                enter(path, (*above, real)) if entry.is_dir() else found.append(path)
+        for path in (place / name for name in names if name[0] != "."):
+            enter(path, (*above, real)) if os.path.isdir(path) else found.append(path)
 
     if folder.is_dir():
         enter(folder, ())

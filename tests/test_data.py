@@ -202,20 +202,22 @@ def test_what_is_left_over_is_named(root):
     (root / "images/train/a.txt").touch()
     (root / "masks/train/b.jpg").write_bytes((root / IMAGE).read_bytes())
     (root / "images/val/gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "images/val/self.jpg").symlink_to(root / "images/val/self.jpg")
     rename(root, "images/val/002.jpg", "images/other/002.jpg")
     for name in (".hidden", "test/c.txt"):
         (root / "images" / name).parent.mkdir(exist_ok=True)
         (root / "images" / name).touch()
     (note,) = loaded(root, "1/2").notes
     assert note == (
-        "5 files left over; 1 in neither train/ nor val/: images/other/002.jpg; "
-        "2 with no picture of the name, or no .png: masks/train/b.jpg, masks/val/002.png; "
-        "2 no pictures: images/train/a.txt, images/val/gone.jpg"
+        "files left over: 6; images/other/002.jpg (in neither train/ nor val/); "
+        "masks/train/b.jpg, masks/val/002.png (no picture of that name, or no .png); "
+        "images/train/a.txt, images/val/gone.jpg, images/val/self.jpg (no picture)"
     )
     for path in list((root / "masks/train").iterdir()):
         path.rename(path.with_suffix(".bmp"))
     text = message(root)
-    assert "no training picture has a mask; 11 files left over" in text and "000.bmp" in text
+    assert "no training picture has a mask; add some; files left over: 12; " in text
+    assert "masks/train/000.bmp, " in text and ".bmp and 3 more (no picture of that" in text
 
 
 @pytest.mark.parametrize("missing", ["images/train", "images/val", "masks/train", "masks/val"])
@@ -255,7 +257,9 @@ def test_validation_pictures_are_no_unlabelled_ones(root, tmp_path, listed):
     note = f"2 validation pictures left out, such as {everything / '000.jpg'}"
     assert data.notes == [f"--unlabeled {everything}: {note}"]
     text = message(root, "1/2", root / "images/val")
-    assert text == f"--unlabeled {root / 'images/val'}: holds validation pictures alone"
+    assert (
+        text == f"--unlabeled {root / 'images/val'}: holds validation pictures alone; name others"
+    )
     path = listed(f"001\n{VAL}\n")
     text = f"--unlabeled {path}: names the validation picture {root / VAL}; leave it out"
     assert message(root, "1/2", path) == text
@@ -621,8 +625,9 @@ def test_labelled_picture_without_mask(root, listed, labeled):
 
 
 def test_a_listed_validation_picture_is_refused(root, listed):
-    text = message(root, listed("000\nimages/val/001.jpg masks/val/001.png\n"))
-    assert f"names the validation picture {root / 'images/val/001.jpg'}" in text
+    for mask in ("masks/val/001.png", "masks/val/000.png"):
+        text = message(root, listed(f"000\nimages/val/001.jpg {mask}\n"))
+        assert f"names the validation picture {root / 'images/val/001.jpg'}" in text
 
 
 BAD_LABELED = ["1/999", "1/7", "1/0", "2/3", "1/x", "1/-2", "0.5", "-3", "0", "7", "1e2", "no.txt"]
@@ -840,7 +845,7 @@ def test_loaders_leave_torchs_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def spared(count, bad, batch=4, steps=range(12), workers=0):
+def spared(count, bad, batch=4, steps=range(12), **how):
     """The numbers that draws take where these cannot be read, and those that were found bad."""
 
     def read(number):
@@ -849,7 +854,7 @@ def spared(count, bad, batch=4, steps=range(12), workers=0):
         return (torch.tensor(number),)
 
     draws = Draws(range(count), read, lambda number: (number,), (0, 1), batch, spare=True)
-    loader = draws_loader(draws, batch, steps, workers=workers)
+    loader = draws_loader(draws, batch // how.get("world", 1), steps, **how)
     return [numbers.tolist() for (numbers,) in loader], draws.broken.nonzero()[:, 0].tolist()
 
 
@@ -863,6 +868,8 @@ def test_what_cannot_be_read_gives_way_to_another(count, bad):
         assert all(b == a for b, a in zip(before, after, strict=True) if b not in bad)
         assert count < 4 or len(set(after)) == 4  # no picture is its own partner
     assert spared(count, bad, workers=2) == (stream, found)
+    shares = [spared(count, bad, rank=rank, world=2)[0] for rank in (0, 1)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == stream
     assert spared(count, bad, steps=range(5, 12))[0] == stream[5:]
 
 

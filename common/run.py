@@ -140,7 +140,11 @@ class Run:
 
     def tell(self, data: Data) -> None:
         """Print what a dataset's lists hold, and what of it a user may not expect."""
-        batch, lists = self.cfg.batch_size * self.world, {"labelled": data.labeled}
+        batch, kind = (
+            self.cfg.batch_size * self.world,
+            "labelled" if data.tags is None else "training",
+        )
+        lists = {kind: data.labeled}
         if isinstance(self.cfg, SemiConfig) and not self.cfg.supervised_only:
             lists["unlabelled"] = data.unlabeled
         few = [f"{len(pairs)} {kind}" for kind, pairs in lists.items() if len(pairs) < batch]

@@ -57,9 +57,7 @@ def evaluate(
         for images, labels in loader:
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            logits = model(images) if window is None else slide(model, images, *window)
-            # `argmax` would take four times as long on a CPU, a tenth of a forward pass.
-            predictions = logits.max(dim=-3).indices.view(-1, *labels.shape)  # (M, B, H, W)
+            predictions = classify(model, images, window).view(-1, *labels.shape)  # (M, B, H, W)
             counts += torch.stack([_count(p, labels, num_classes) for p in predictions])
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -79,22 +77,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Tensor:
-    """Sum of the model's logits over windows of crop x crop pixels, (..., K, H, W).
+def classify(model: nn.Module, images: Tensor, window: tuple[int, int] | None) -> Tensor:
+    """The classes with the highest logits, (..., H, W) uint8; window is that of `evaluate`."""
+    parts = [model(images)] if window is None else slide(model, images, *window)
+    # `argmax` would take four times as long on a CPU, a tenth of a forward pass.
+    return torch.cat([logits.max(dim=-3).indices.byte() for logits in parts], dim=-2)
+
+
+def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Iterator[Tensor]:
+    """Sum of the model's logits over windows of crop x crop pixels: (..., K, rows, W), downwards.
 
     Windows start every `stride` pixels; the last one is moved inward to end at the border. A
-    picture smaller than the window is seen whole along that side.
+    picture smaller than the window is seen whole along that side. Rows are given away as soon as
+    no further window reaches them: logits are held of crop rows, not of the whole picture.
     """
     height, width = images.shape[-2:]
-    total = None
-    for top in window_starts(height, crop, stride):
+    tops, total = window_starts(height, crop, stride), None
+    for top, below in zip(tops, [*tops[1:], height], strict=True):
+        above, total = total, None  # what windows further up have summed of these rows
         for left in window_starts(width, crop, stride):
             logits = model(images[..., top : top + crop, left : left + crop])
-            bottom, right = top + logits.shape[-2], left + logits.shape[-1]
             if total is None:
-                total = logits.new_zeros(*logits.shape[:-2], height, width)
-            total[..., top:bottom, left:right] += logits
-    return total
+                total = logits.new_zeros(*logits.shape[:-1], width)
+                if above is not None:
+                    total[..., : above.shape[-2], :] = above
+            total[..., left : left + logits.shape[-1]] += logits
+        yield total[..., : below - top, :]
+        total = total[..., below - top :, :]
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:

@@ -71,12 +71,13 @@ class Pixelwise(nn.Module):
 def test_slide_sums_the_windows_logits():
     model, images = Pixelwise().eval(), torch.randn(1, 3, 20, 33)
     with torch.no_grad():
-        ours, logits = slide(model, images, 16, 11), model(images)
+        bands, logits = [*slide(model, images, 16, 11)], model(images)
     assert set(model.sizes[:-1]) == {(16, 16)} and len(model.sizes) == 2 * 3 + 1
     cover = torch.zeros(20, 33)
     for top, left in itertools.product((0, 4), (0, 11, 17)):
         cover[top : top + 16, left : left + 16] += 1
-    torch.testing.assert_close(ours, logits * cover)
+    assert [band.shape[-2] for band in bands] == [4, 16]
+    torch.testing.assert_close(torch.cat(bands, dim=-2), logits * cover)
 
 
 def pictures():

@@ -13,8 +13,9 @@ from torchvision.transforms import v2
 
 from common.losses import VOID
 
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # of ImageNet's pictures, RGB in [0, 1]
-STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+# Of ImageNet's pictures, RGB in [0, 1].
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET.values())
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
     mistakes, TypeError for those of who wrote the config.
     """
     about = "\n\n".join(inspect.getmodule(config).__doc__.split("\n\n")[:3])  # up to the idea
-    parser = _Parser(
+    parser = Parser(
         description=about,
         epilog="Values in brackets are the recipe's, which --dataset and other flags select.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -165,7 +165,9 @@ def refuse_silence(cfg: RunConfig, recipes: dict[str, dict], **ignored: str) -> 
         )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are InputErrors."""
+
     def error(self, message: str) -> None:
         raise InputError(f"{message}; --help lists the flags")
 

@@ -94,17 +94,17 @@ def shapes_layout(_: Path) -> Data:
     return _data(Path(), shapes.CLASSES, shapes.COLORS, *splits)
 
 
-def folder_layout(root: Path) -> Data:
+def folder_layout(root: Path, train: str = "train", val: str = "val") -> Data:
     """images/{train,val}/, masks/{train,val}/ with PNG masks of the same names, classes.txt.
 
     A mask's name may end in one of MASK_ENDS, and its suffix be .PNG. What is left over is noted.
     """
     names = _read_classes(root / "classes.txt")
     splits, used = [], set()
-    for split in ("train", "val"):
+    for split in (train, val):
         folder = root / "images" / split
         # Without validation pictures there may be training on tags.
-        if split == "train" and not folder.is_dir():
+        if split == train and not folder.is_dir():
             raise InputError(f"{folder}: missing; the layout is {FOLDER}")
         images = find_pictures(folder)
         masks = _match_masks(images, find_pictures(root / "masks" / split, {".png"}))
@@ -349,8 +349,12 @@ def read_image(path: str) -> np.ndarray:
     """A picture (H, W, 3) uint8 RGB, turned as its EXIF orientation says."""
     if path.startswith(DRAWN):
         return shapes.draw(path.removeprefix(DRAWN))[0].copy()
-    image = _open(path, "picture")
-    _check_mode(path, image.mode)
+    return upright_rgb(_open(path, "picture"), path)
+
+
+def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """The same of an opened picture; the name is for the InputError of one that has no 8 bits."""
+    _check_mode(name, image.mode)
     # By hand, for ImageOps.exif_transpose also writes the EXIF data back, and damaged ones fail.
     try:
         orientation = image.getexif().get(0x0112)

@@ -4,7 +4,7 @@ import ctypes
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,20 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cpu" and native
+
+
+def takes_bf16(device: torch.device, amp: str) -> bool:
+    """What --amp means on the device; auto: bf16 where it is native."""
+    return amp == "bf16" or (amp == "auto" and has_bf16(device))
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager:
+    """bf16 for what can bear it, or nothing.
+
+    Without the cache of cast weights: one made in a pass without gradients would serve the next
+    pass, and in PyTorch 2.6 keep the gradients from the weights.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def keep_memory() -> None:

@@ -20,16 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import machine
-from common.augment import whole_view
-from common.data import (
-    Data,
-    View,
-    check,
-    describe,
-    load,
-    training_loader,
-    val_loader,
-)
+from common.augment import IMAGENET, whole_view
+from common.data import Data, View, check, describe, load, training_loader, val_loader
 from common.deeplab import Ensemble, Together
 from common.flags import (
     InputError,
@@ -53,6 +45,7 @@ from common.outputs import (
     replace_text,
 )
 from common.panels import panels
+from common.predict import Picture, segment
 
 
 class Result(NamedTuple):
@@ -61,6 +54,15 @@ class Result(NamedTuple):
     model: nn.Module
     miou: float
     history: list[dict]
+    folder: Path
+
+    def __repr__(self) -> str:
+        evaluations = f"{len(self.history)} evaluation{'s' * (len(self.history) != 1)}"
+        return f"Result(mIoU {100 * self.miou:.2f}, {evaluations}, {self.folder})"
+
+    def segment(self, image: Picture, window: int = 0, amp: str = "auto") -> np.ndarray | Tensor:
+        """The classes of a picture's pixels, (H, W) uint8: common.predict.segment."""
+        return segment(self.model, image, window, amp)
 
 
 def main(train: Callable[[RunConfig], Result], config: type[RunConfig], recipes: dict) -> None:
@@ -107,7 +109,7 @@ class Run:
         cuda = self.device.type == "cuda"
         if cuda:  # TF32, as in convolutions, where matrices stay in float32: above all CAC's loss
             torch.set_float32_matmul_precision("high")
-        self.bf16 = cfg.amp == "bf16" or (cfg.amp == "auto" and machine.has_bf16(self.device))
+        self.bf16 = machine.takes_bf16(self.device, cfg.amp)
         self.loading = dict(  # the loaders' arguments that depend on the machine
             rank=self.rank, world=self.world, workers=cfg.workers, pin_memory=cuda
         )
@@ -223,14 +225,8 @@ class Run:
         ]
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 for what can bear it, or nothing, as --amp says.
-
-        Without the cache of cast weights: one made in a pass without gradients would serve the
-        next pass, and in PyTorch 2.6 keep the gradients from the weights.
-        """
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
-        )
+        """bf16 for what can bear it, or nothing, as --amp says."""
+        return machine.autocast(self.device, self.bf16)
 
     # --- the loop ---
 
@@ -455,11 +451,12 @@ class Run:
 
     def _write_checkpoints(self, done: int, names: list[str]) -> None:
         """best.pt holds the model alone, last.pt also all that resuming takes."""
-        model = dict(
+        model = IMAGENET | dict(
             networks=[network.state_dict() for network in self.networks],
             arguments=[network.arguments for network in self.networks],
             classes=list(self.data.classes),
             colors=[list(color) for color in self.data.colors],
+            window=self.cfg.eval_window,
             step=done,
             miou=self.miou,
         )
@@ -495,7 +492,7 @@ class Run:
                 figures = f"mIoU {100 * self.miou:.2f} at the last step (best on validation "
                 figures += f"{100 * self.best:.2f})"
             print(f"{figures}, {time.time() - self.started:.0f} s{memory}: {self.folder}")
-        return Result(self.model.eval(), self.miou, self.history)
+        return Result(self.model.eval(), self.miou, self.history, self.folder)
 
     def print(self, text: str) -> None:
         """Print in the first process alone."""

@@ -68,16 +68,26 @@ class Pixelwise(nn.Module):
         return self.norm(self.conv(images))
 
 
-def test_slide_sums_the_windows_logits():
+@pytest.mark.parametrize(
+    "stride, tops, lefts",
+    [(11, (0, 4), (0, 11, 17)), (3, (0, 3, 4), (0, 3, 6, 9, 12, 15, 17))],
+)
+def test_slide_sums_the_windows_logits(stride, tops, lefts):
     model, images = Pixelwise().eval(), torch.randn(1, 3, 20, 33)
     with torch.no_grad():
-        bands, logits = [*slide(model, images, 16, 11)], model(images)
-    assert set(model.sizes[:-1]) == {(16, 16)} and len(model.sizes) == 2 * 3 + 1
+        bands, logits = [*slide(model, images, 16, stride)], model(images)
+    assert set(model.sizes[:-1]) == {(16, 16)} and len(model.sizes) == len(tops) * len(lefts) + 1
     cover = torch.zeros(20, 33)
-    for top, left in itertools.product((0, 4), (0, 11, 17)):
+    for top, left in itertools.product(tops, lefts):
         cover[top : top + 16, left : left + 16] += 1
-    assert [band.shape[-2] for band in bands] == [4, 16]
     torch.testing.assert_close(torch.cat(bands, dim=-2), logits * cover)
+
+
+def test_slide_gives_rows_away_before_it_sees_those_below():
+    model = Pixelwise().eval()
+    for number, band in enumerate(slide(model, torch.randn(1, 3, 70, 20), 16, 11), start=1):
+        assert len(model.sizes) == 2 * number
+        assert band.shape == (1, K, {5: 10, 6: 16}.get(number, 11), 20)
 
 
 def pictures():

@@ -322,7 +322,7 @@ def test_outputs_are_complete_and_the_checkpoints_rebuild_the_model(few, light, 
     assert rows[-1] == f"mean\t{100 * result.miou:.2f}"
 
     last, best = saved(tmp_path), saved(tmp_path, "best.pt")
-    model = {"networks", "arguments", "classes", "colors", "step", "miou"}
+    model = {"networks", "arguments", "classes", "colors", "mean", "std", "window", "step", "miou"}
     assert set(best) == model and set(last) == model | {"best", "settings", "state"}
     assert best["miou"] == max(entry["miou"] for entry in result.history) == last["best"]
     loader = val_loader(load("shapes", "", "4", "", 0), whole_view)

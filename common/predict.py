@@ -1,0 +1,329 @@
+"""What a trained network makes of other pictures.
+
+    python -m common.predict runs/cps-shapes-1_40-s0/last.pt photos --output masks --overlay
+    python -m common.predict last.pt my_data --test-split
+    python -m common.predict last.pt --export model.pt2
+
+In a notebook: `load`, `segment`, `overlay`.
+"""
+
+import argparse
+import math
+import sys
+import time
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from common import machine
+from common.augment import IMAGENET
+from common.data import check, val_loader
+from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble
+from common.flags import InputError, Parser
+from common.layouts import SUFFIXES, find_pictures, folder_layout, read_image, upright_rgb
+from common.metrics import classify, evaluate, evaluating, iou
+from common.outputs import iou_table, replace_file
+from common.panels import colorize
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+# --- in a notebook ---
+
+
+class Segmenter(nn.Module):
+    """A model for pictures as files have them: uint8 RGB, of any size from one pixel on.
+
+    window: the side of the sliding windows that its run evaluates with, 0 for whole pictures.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: list[str] | None = None,
+        colors: list[list[int]] | None = None,
+        mean: list[float] = IMAGENET["mean"],
+        std: list[float] = IMAGENET["std"],
+        window: int = 0,
+    ):
+        super().__init__()
+        self.model, self.classes, self.colors, self.window = model, classes, colors, window
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) uint8 -> logits (B, K, H, W)."""
+        images = v2.functional.to_dtype(images, torch.float32, scale=True)
+        images = (images - self.mean) / self.std
+        height, width = images.shape[-2:]
+        if min(height, width) >= 32:
+            return self.model(images)
+        # The networks take 32 pixels and more. Zeros are the mean colour by now.
+        images = F.pad(images, (0, max(32 - width, 0), 0, max(32 - height, 0)))
+        return self.model(images)[..., :height, :width]
+
+
+def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
+    """The model of a last.pt or best.pt, in eval mode, with its `classes` and `colors`.
+
+    Raises InputError for a file that is none.
+    """
+    where, advice = machine.find_device(device), "give the last.pt or best.pt of a run"
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such file" if missing else f"unreadable ({type(error).__name__})"
+        raise InputError(f"{checkpoint}: {reason}; {advice}") from error
+    try:
+        networks = [DeepLabV3Plus(**arguments) for arguments in saved["arguments"]]
+        for network, state in zip(networks, saved["networks"], strict=True):
+            network.load_state_dict(state)
+        model = networks[0] if len(networks) == 1 else Ensemble(networks)
+        known = {key: saved[key] for key in ("mean", "std", "window") if key in saved}
+        model = Segmenter(model, saved["classes"], saved["colors"], **known)
+        evaluated = not math.isnan(saved["miou"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{checkpoint}: holds no network of these scripts; {advice}") from error
+    if not evaluated:
+        print(f"{checkpoint}: never evaluated; its network may be untrained", file=sys.stderr)
+    return machine.place(model, where).eval()
+
+
+@torch.no_grad()
+def segment(
+    model: nn.Module, image: Picture, window: int | None = None, amp: str = "auto"
+) -> np.ndarray | Tensor:
+    """The classes of a picture's pixels, (H, W) uint8: an array, or a tensor for a tensor.
+
+    model: what `load` gives, or a result's. image: a path, a Pillow image, or uint8 RGB, an array
+    (H, W, 3) or a tensor (3, H, W); the first two are turned as their EXIF orientation says.
+    window: the side of sliding windows, for pictures beyond memory; 0: the whole picture; None: as
+    its run evaluates. amp: auto, none or bf16. Raises InputError for what is no picture.
+    """
+    picture, device = _picture(image), next(model.parameters()).device
+    model = model if isinstance(model, Segmenter) else Segmenter(model).to(device)
+    with evaluating(model), machine.autocast(device, machine.takes_bf16(device, amp)):
+        mask = classify(model, picture[None].to(device), _windows(model, window))[0]
+    return mask.to(image.device) if isinstance(image, Tensor) else mask.cpu().numpy()
+
+
+def overlay(image: Picture, mask: np.ndarray, colors: list[list[int]]) -> np.ndarray:
+    """(H, W, 3) uint8: a picture in the colours of its classes (H, W), with white borders.
+
+    Of a class whose colour is black the picture shows as it is.
+    """
+    picture, mask = _picture(image).permute(1, 2, 0).numpy(), np.asarray(mask)
+    tint = colorize(mask, colors)
+    shown = np.where(tint.any(axis=2, keepdims=True), picture // 2 + tint // 2, picture)
+    shown[1:][mask[1:] != mask[:-1]] = 255
+    shown[:, 1:][mask[:, 1:] != mask[:, :-1]] = 255
+    return shown
+
+
+def _picture(image: Picture) -> Tensor:
+    """(3, H, W) uint8."""
+    if isinstance(image, str | Path):
+        image = read_image(str(image))
+    elif isinstance(image, Image.Image):
+        image = upright_rgb(image, "image")
+    picture = image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        # A copy, for torch knows neither arrays that are read-only nor steps backwards.
+        picture = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
+    bytes_given = isinstance(picture, Tensor) and picture.dtype == torch.uint8
+    if not (bytes_given and picture.ndim == 3 and len(picture) == 3 and picture.numel()):
+        kind, shape = type(image).__name__, tuple(getattr(image, "shape", ()))
+        raise InputError(
+            "image: must be a path, a Pillow image, or RGB of type uint8, an array (H, W, 3) or a "
+            f"tensor (3, H, W), not {kind} {shape} {getattr(image, 'dtype', '')}"
+        )
+    return picture
+
+
+def _windows(model: Segmenter, side: int | None) -> tuple[int, int] | None:
+    """Side and stride of the windows, None for whole pictures: those of Run.score."""
+    side = model.window if side is None else side
+    return (side, math.ceil(side * 2 / 3)) if side else None
+
+
+# --- the command ---
+
+
+def predict(model: Segmenter, options: argparse.Namespace) -> int:
+    """Write the masks of all pictures; return how many pictures had to be skipped."""
+    pictures, skipped, started = find(options.pictures, options.output), 0, time.time()
+    for name, path in tqdm(pictures.items(), "predicting", disable=not sys.stderr.isatty()):
+        try:
+            picture = read_image(str(path))
+            mask = segment(model, picture, options.window, options.amp)
+        except InputError as error:
+            problem = error
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in repr(error).lower():
+                raise
+            problem = f"{path}: does not fit into memory; give --window 512, or less"
+        else:
+            write(options.output / name, picture, mask, model.colors, options.overlay)
+            continue
+        skipped += 1
+        tqdm.write(f"predict.py: {problem}", file=sys.stderr)
+    seconds = (time.time() - started) / len(pictures)
+    left = f", {skipped} of them skipped" if skipped else ""
+    print(f"{len(pictures)} pictures{left}, {seconds:.2g} s each: {options.output}")
+    return skipped
+
+
+def find(pictures: Path, output: Path) -> dict[str, Path]:
+    """A picture, or those of a folder and its subfolders, by where below output their masks go."""
+    if pictures.is_file():
+        found = {pictures.stem: pictures}
+    elif pictures.is_dir():
+        found, inside, out = find_pictures(pictures), pictures.resolve(), output.resolve()
+        if out != inside and out.is_relative_to(inside):  # masks of an earlier call are no pictures
+            masks = f"{out.relative_to(inside).as_posix()}/"
+            found = {name: path for name, path in found.items() if not name.startswith(masks)}
+        others = [
+            path
+            for path in sorted(pictures.rglob("*"))
+            if path.suffix.lower() not in SUFFIXES and path.name[0] != "." and path.is_file()
+        ]
+        if others:
+            also = f" and {len(others) - 1} more" * (len(others) > 1)
+            print(f"{others[0]}{also}: no picture by the name, left out", file=sys.stderr)
+        if not found:
+            raise InputError(f"{pictures}: holds no picture ({', '.join(sorted(SUFFIXES))})")
+    else:
+        raise InputError(f"{pictures}: no such picture or folder")
+    sources = {path.resolve() for path in found.values()}
+    for name in found:
+        if (mask := output / f"{name}.png").resolve() in sources:
+            raise InputError(f"--output {output}: would replace the picture {mask}; name another")
+    return found
+
+
+def write(
+    target: Path, picture: np.ndarray, mask: np.ndarray, colors: list[list[int]], overlaid: bool
+) -> None:
+    """target.png, class indices with the classes' colours for a palette; target_overlay.jpg."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(mask)
+    image.putpalette(colorize(np.arange(256, dtype=np.uint8), colors).tobytes())
+    replace_file(target.with_name(f"{target.name}.png"), partial(image.save, format="PNG"))
+    if overlaid:
+        # A JPEG's sides end at 65,535 pixels.
+        kind, suffix = ("JPEG", "jpg") if max(mask.shape) < 2**16 else ("PNG", "png")
+        save = partial(Image.fromarray(overlay(picture, mask, colors)).save, format=kind)
+        replace_file(target.with_name(f"{target.name}_overlay.{suffix}"), save)
+
+
+def score(model: Segmenter, options: argparse.Namespace) -> str:
+    """A table: IoU by class, and the mean, on images/test of a folder dataset."""
+    root = options.pictures
+    data = folder_layout(root, "test", "test")
+    if data.classes != model.classes:
+        raise InputError(
+            f"{root / 'classes.txt'}: lists {', '.join(data.classes)}; the checkpoint's classes "
+            f"are {', '.join(model.classes)}"
+        )
+    if not data.val:
+        raise InputError(f"{root / 'images' / 'test'}: holds no picture")
+    for image, mask in data.val:
+        if mask is None:
+            raise InputError(f"{image}: has no mask in {root / 'masks' / 'test'}; add the mask")
+    check(replace(data, labeled=data.val, val=[]))  # as labelled ones: these may be small
+    loader = val_loader(data, lambda image, label: (image, label), pixels=2**18)
+    device, windows = next(model.parameters()).device, _windows(model, options.window)
+    with machine.autocast(device, machine.takes_bf16(device, options.amp)):
+        ious = iou(evaluate(model, loader, len(model.classes), device, windows))
+    by_class = [None if math.isnan(value) else value for value in ious.tolist()]
+    return iou_table(model.classes, by_class, ious.nanmean().item())
+
+
+def export(model: Segmenter, path: Path) -> None:
+    """Write a program that runs without this code: uint8 pictures (B, 3, H, W) to logits.
+
+    Of any B, H and W, H and W from 32 on.
+    """
+    model = deepcopy(model).requires_grad_(False)
+    model.to("cpu", memory_format=torch.contiguous_format)
+    for module in model.modules():
+        if isinstance(module, DilatedConv):  # whose shortcut for small maps would fix their size
+            module.__class__ = nn.Conv2d
+    dim = torch.export.Dim
+    sizes = {0: dim("batch"), 2: dim("height", min=32), 3: dim("width", min=32)}
+    pictures = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
+    program = torch.export.export(model, (pictures,), dynamic_shapes=(sizes,), strict=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, partial(torch.export.save, program))
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line; an InputError where it cannot be right."""
+    about, examples, _ = __doc__.split("\n\n")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = Parser("predict.py", None, about, examples, formatter_class=shape, allow_abbrev=False)
+    add, tasks = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    add("checkpoint", type=Path, help="last.pt or best.pt of a run of any script")
+    add("pictures", type=Path, nargs="?", help="a picture, or a folder with subfolders")
+    for flag, how in {
+        "--output": dict(type=Path, help="folder for the masks: PNGs of class indices"),
+        "--test-split": dict(action="store_true", help="score images/test of a folder dataset"),
+        "--export": dict(type=Path, help="file for torch.export.load, such as model.pt2"),
+    }.items():
+        tasks.add_argument(flag, **how)
+    add("--overlay", action="store_true", help="with --output: also name_overlay.jpg")
+    add("--window", type=int, help="side of sliding windows, 0: none [as its run evaluates]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    add("--amp", choices=("auto", "none", "bf16"), default="auto", help="as in training [auto]")
+    options = parser.parse_args(words)
+    if options.window is not None and (options.window < 0 or 0 < options.window < 32):
+        raise InputError(f"--window {options.window}: must be 0, or 32 pixels and more")
+    if (options.pictures is None) == (options.export is None):
+        raise InputError("PICTURES: goes with --output and --test-split, not with --export")
+    if options.overlay and options.output is None:
+        raise InputError("--overlay: goes with --output")
+    return options
+
+
+def run(words: list[str]) -> int:
+    """What a command line asks for; returns 1 where pictures had to be skipped, else 0."""
+    options = parse(words)
+    machine.keep_memory()
+    # Pillow refuses pictures of twice the size from which on it warns.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    model = load(options.checkpoint, options.device)
+    if options.output:
+        return int(predict(model, options) > 0)
+    if options.test_split:
+        print(score(model, options), end="")
+    else:
+        export(model, options.export)
+        print(f"{options.export}: takes uint8 RGB (B, 3, H, W) of 32 pixels and more, gives logits")
+    return 0
+
+
+def main() -> None:
+    """The exit status is that of `run`, or 2, with one line, for what cannot be right."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console may not know every name
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except (InputError, OSError) as error:  # the latter: where nothing can be written
+        print(f"predict.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -230,10 +231,11 @@ def test_windows_that_cover_a_picture_see_what_the_whole_picture_is(checkpoint):
 def test_an_overlay_is_half_the_colour_with_white_borders():
     pixels = np.full((2, 5, 3), 101, np.uint8)
     mask = np.array([[0, 0, 1, 1, 1], [0, 0, 1, 1, 2]], np.uint8)
-    shown = overlay(pixels, mask, COLORS)
-    assert shown[:, :2].tolist() == [[[101] * 3] * 2] * 2  # black: as it is
-    assert (shown[:, 2] == 255).all() and (shown[1, 4] == 255).all()
-    assert shown[0, 3].tolist() == shown[0, 4].tolist() == [150, 100, 75]
+    turned = overlay(pixels.transpose(1, 0, 2), mask.T, COLORS).transpose(1, 0, 2)
+    for shown in (overlay(pixels, mask, COLORS), turned):
+        assert shown[:, :2].tolist() == [[[101] * 3] * 2] * 2  # black: as it is
+        assert (shown[:, 2] == 255).all() and (shown[1, 4] == 255).all()
+        assert shown[0, 3].tolist() == shown[0, 4].tolist() == [150, 100, 75]
     assert (pixels == 101).all()
 
 
@@ -313,6 +315,18 @@ def test_statuses_of_one_picture(checkpoint, tmp_path, monkeypatch, capsys):
     assert [path.name for path in out.iterdir()] == ["a.b.png"]
     status, _, err = call(monkeypatch, capsys, checkpoint, bad, "--output", out)
     assert status == 1 and err.startswith(f"predict.py: {bad}: not a readable picture")
+
+
+def test_large_pictures_are_no_bombs_yet(checkpoint, tmp_path, monkeypatch, capsys):
+    """Pillow warns from so many pixels on, and refuses twice as many."""
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    words = checkpoint, tmp_path / "a.png", "--output", tmp_path / "out"
+    for limit, expected in ((40 * 60 - 1, 0), (40 * 60 // 2 - 1, 1)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            status, _, err = call(monkeypatch, capsys, *words)
+        assert status == expected and err.count(f"{tmp_path / 'a.png'}: not a readable") == status
 
 
 def test_files_left_out_by_their_names_are_told(checkpoint, tmp_path, monkeypatch, capsys):

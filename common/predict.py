@@ -79,7 +79,7 @@ def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
     """
     where, advice = machine.find_device(device), "give the last.pt or best.pt of a run"
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
         missing = isinstance(error, FileNotFoundError)
         reason = "no such file" if missing else f"unreadable ({type(error).__name__})"

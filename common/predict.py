@@ -222,7 +222,8 @@ def write(
     if overlaid:
         # A JPEG's sides end at 65,535 pixels.
         kind, suffix = ("JPEG", "jpg") if max(mask.shape) < 2**16 else ("PNG", "png")
-        save = partial(Image.fromarray(overlay(picture, mask, colors)).save, format=kind)
+        image = Image.fromarray(overlay(picture, mask, colors))
+        save = partial(image.save, format=kind, quality=92, subsampling=0)  # borders stay sharp
         replace_file(target.with_name(f"{target.name}_overlay.{suffix}"), save)
 
 

@@ -300,7 +300,7 @@ def test_a_folder_of_every_kind_predicts_or_names(checkpoint, tmp_path, monkeypa
         over = target.with_name(f"{target.stem}_overlay.jpg")
         expected = overlay(photos / name, values, COLORS).astype(int)
         found = np.array(Image.open(over).convert("RGB")).astype(int)
-        assert found.shape == (*size, 3) and abs(found - expected).mean() < 4
+        assert found.shape == (*size, 3) and abs(found - expected).mean() < 8
         names |= {target, over}
     assert {path for path in masks.rglob("*") if path.is_file()} == names
     assert np.array(Image.open(masks / "palette.png")).max() < 3

@@ -308,6 +308,13 @@ def train(cfg: Config) -> Result:
     model = networks[:1]  # network 1 is evaluated and saved
     run.start(data, model, networks=everything, optimizer=optimizer, schedule=schedule)
 
+    def shown(images: Tensor) -> dict[str, Tensor]:
+        """A column of panels.png: where one network has something to learn from the other."""
+        logits1, logits2 = (network(images) for network in networks)
+        return {"disagreement in yellow": logits1.argmax(dim=1) != logits2.argmax(dim=1)}
+
+    run.show = shown if twins else None
+
     # Δ P: the strong view of pseudoseg has PS-MT's colours and blur; we know of none in P.
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
     view_u = partial(view, strong=photometry()) if kind == "pseudoseg" else view

@@ -395,6 +395,14 @@ def train(cfg: Config) -> Result:
         with evaluating(normalised):  # running statistics, as in C, which stay as they are
             return t_vat(encoded, *map(decoder, teachers), eps=cfg.eps, size=(cfg.crop_size,) * 2)
 
+    def shown(images: Tensor) -> dict[str, Tensor]:
+        """Columns of panels.png: c of Conf-CE, and where it is too low to teach."""
+        conf = ensemble(images).softmax(dim=1).amax(dim=1)
+        below = f"below {cfg.threshold} in yellow"
+        return {"confidence, 1 is white": conf, below: conf < cfg.threshold}
+
+    run.show = shown if teachers else None
+
     for step in run.loop():
         weak_l, labels_l, _, strong_l = run.to_device(next(batches_l))
         semi = bool(teachers) and step >= warmup

@@ -44,6 +44,29 @@ CITYSCAPES = {  # labelId of the 19 training classes: name, colour
     32: ("motorcycle", (0, 0, 230)),
     33: ("bicycle", (119, 11, 32)),
 }
+GREY = (220, 220, 220)  # of void
+DISTINCT = [  # black, for what is often background, and colours as far apart as nineteen can be
+    (0, 0, 0),
+    (210, 0, 45),
+    (105, 30, 165),
+    (255, 225, 60),
+    (0, 255, 180),
+    (0, 150, 255),
+    (255, 120, 195),
+    (105, 0, 60),
+    (120, 60, 15),
+    (0, 60, 0),
+    (0, 240, 255),
+    (240, 135, 0),
+    (0, 45, 105),
+    (255, 150, 135),
+    (180, 255, 105),
+    (0, 150, 45),
+    (15, 150, 120),
+    (150, 150, 45),
+    (225, 255, 180),
+    (210, 180, 255),
+]
 TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF -> Image.Transpose
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -110,7 +133,7 @@ def folder_layout(root: Path, train: str = "train", val: str = "val") -> Data:
         masks = _match_masks(images, find_pictures(root / "masks" / split, {".png"}))
         splits.append({n: (str(p), masks.get(n)) for n, p in images.items()})
         used.update(map(str, images.values()), masks.values())
-    data = _data(root, names, voc_colors(len(names)), *splits)
+    data = _data(root, names, folder_colors(root, names), *splits)
     data.notes += _left_over(root, used)
     return data
 
@@ -299,6 +322,24 @@ def walk(folder: Path) -> list[Path]:
     if folder.is_dir():
         enter(folder, ())
     return sorted(found)
+
+
+def folder_colors(root: Path, classes: list[str]) -> list[tuple[int, int, int]]:
+    """Those of colors.txt, R G B a line, where it is there; else colours that differ visibly."""
+    path = root / "colors.txt"
+    if not path.is_file():
+        return (
+            DISTINCT[: len(classes)] if len(classes) <= len(DISTINCT) else voc_colors(len(classes))
+        )
+    colors = []
+    for number, line in read_numbered(path):
+        words = line.replace(",", " ").split()
+        if len(words) != 3 or not all(re.fullmatch(r"\d{1,3}", w) and int(w) < 256 for w in words):
+            raise InputError(f"{path}, line {number}: {line!r} must be R G B, each from 0 to 255")
+        colors.append(tuple(map(int, words)))
+    if len(colors) != len(classes):
+        raise InputError(f"{path}: has {len(colors)} colours for {len(classes)} classes")
+    return colors
 
 
 def find_pictures(folder: Path, suffixes: Collection[str] = SUFFIXES) -> dict[str, Path]:

@@ -31,11 +31,7 @@ def choose_folder(script: str, cfg: RunConfig) -> Path:
             return folder
         refuse_other(folder, script, settings)
         return folder
-    name = f"{script}-{cfg.dataset}-s{cfg.seed}"
-    if isinstance(cfg, SemiConfig):
-        labeled = Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled
-        labeled = re.sub(r"[^\w.]+", "_", labeled)
-        name = f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
+    name = run_name(script, cfg)
     taken = {
         int(match[1] or 1)
         for folder in Path("runs").glob(f"{name}*")
@@ -51,6 +47,15 @@ def refuse_other(folder: Path, script: str, settings: dict) -> None:
     maker = settings.get("script", script)
     if maker != script:
         raise InputError(f"--output-dir {folder}: was made by {maker}.py; name another folder")
+
+
+def run_name(script: str, cfg: RunConfig) -> str:
+    """What a folder is called that nobody named."""
+    if not isinstance(cfg, SemiConfig):
+        return f"{script}-{cfg.dataset}-s{cfg.seed}"
+    labeled = Path(cfg.labeled).stem if "." in cfg.labeled else cfg.labeled
+    labeled = re.sub(r"[^\w.]+", "_", labeled)
+    return f"{script}-{cfg.dataset}-{labeled}-s{cfg.seed}" + "-sup" * cfg.supervised_only
 
 
 def holds_run(folder: Path) -> bool:
@@ -74,7 +79,7 @@ def open_folder(folder: Path, log: list[dict], settings: dict | None, again: boo
                 names = (f"log.old{number}.jsonl" for number in ("", *range(2, 10**6)))
                 kept = next(name for name in names if not (folder / name).exists())
                 path.rename(folder / kept)
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in log))
+        replace_text(path, log_text(log))
     except FileExistsError as error:
         raise InputError(f"--output-dir {folder}: another run just took it") from error
     except OSError as error:
@@ -93,10 +98,46 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def iou_table(classes: list[str], ious: list[float | None], mean: float) -> str:
+def complete_log(path: Path, entry: dict) -> None:
+    """Add an evaluation to a log: to the line that has the losses of its step, or as a line."""
+    lines = read_log(path)
+    same = [n for n, line in enumerate(lines) if line["step"] == entry["step"]]
+    losses = [n for n in same if "stage" not in lines[n]]
+    if losses:
+        lines[losses[-1]].pop("seconds")  # those of the evaluation count, at the line's end
+        lines[losses[-1]] |= entry
+    else:
+        lines.append(entry)
+    replace_text(path, log_text(lines))
+
+
+def log_text(lines: list[dict]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def evaluation(line: dict) -> dict:
+    """Of a log's line what an evaluation gave: the step, and mIoU with what stands behind it."""
+    names = list(line)
+    names = ["step", *names[names.index("miou") :]]
+    return {name: line[name] for name in names if name != "seconds"}
+
+
+def in_percent(value: float | None) -> str:
+    return "absent" if value is None else f"{100 * value:.2f}"
+
+
+def iou_table(ious: dict[str, float | None], mean: float) -> str:
     """A line for each class, name and IoU in percent with a tab between, and one for the mean."""
-    shown = ["absent" if value is None else f"{100 * value:.2f}" for value in [*ious, mean]]
-    return "".join(f"{n}\t{v}\n" for n, v in zip([*classes, "mean"], shown, strict=True))
+    rows = [*ious.items(), ("mean", mean)]
+    return "".join(f"{name}\t{in_percent(value)}\n" for name, value in rows)
+
+
+def iou_columns(ious: dict[str, float | None], width: int = 96) -> str:
+    """Names and IoU in percent for a console, aligned, in as many columns as its width holds."""
+    names = max(map(len, ious))
+    cells = [f"{name:{names}}  {in_percent(value):>6}" for name, value in ious.items()]
+    rows = -(-len(cells) // max((width + 4) // (len(cells[0]) + 4), 1))
+    return "".join(" " * 4 + (" " * 4).join(cells[row::rows]) + "\n" for row in range(rows))
 
 
 def replace_file(path: Path, write: Callable[[Any], Any]) -> None:

@@ -1,6 +1,5 @@
 """What surrounds a training loop: device, precision, the run's folder, log and checkpoints."""
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import machine
+from common import curves, machine
 from common.augment import IMAGENET, whole_view
 from common.data import Data, View, check, describe, load, training_loader, val_loader
 from common.deeplab import Ensemble, Together
@@ -33,23 +32,32 @@ from common.flags import (
     parse_config,
 )
 from common.layouts import shortened
-from common.metrics import evaluate, iou
+from common.metrics import evaluate, evaluating, iou
 from common.outputs import (
     choose_folder,
+    complete_log,
+    evaluation,
+    iou_columns,
     iou_table,
+    log_text,
     open_folder,
     plain,
     read_log,
     refuse_other,
     replace_file,
     replace_text,
+    run_name,
 )
-from common.panels import panels
+from common.panels import Show, panels
 from common.predict import Picture, segment
 
 
 class Result(NamedTuple):
-    """What `train` returns: the evaluated model, its last mIoU in [0, 1], all evaluations."""
+    """What `train` returns: the evaluated model, its last mIoU in [0, 1], all evaluations.
+
+    An evaluation has `step`, `miou`, `iou` by class name (None: the class does not occur), and the
+    mIoU of networks that were scored beside the model.
+    """
 
     model: nn.Module
     miou: float
@@ -116,6 +124,10 @@ class Run:
         # Of whole pictures as many pixels at once as in a training batch, or 2^16 where crops are
         # small: without gradients they take less memory.
         self.pixels = max(cfg.batch_size * cfg.crop_size**2, 2**16)
+        side = cfg.eval_window
+        self.window = (side, math.ceil(side * 2 / 3)) if side else None  # size, stride
+        self.show: Show | None = None  # what the method adds to panels.png, networks in eval mode
+        self.name = run_name(script, cfg)
         self.folder = machine.in_all_processes(lambda: choose_folder(script, cfg))
         torch.manual_seed(cfg.seed)
 
@@ -287,7 +299,7 @@ class Run:
         torch.manual_seed(_mix(self.cfg.seed, step, self.rank))
 
     def log(self, step: int, **values: Tensor | float) -> None:
-        """Now and then, and before an evaluation, a line of `log.jsonl`.
+        """Now and then, and before an evaluation, a line of `log.jsonl`, which that completes.
 
         Most calls return without waiting for the device. With --accum the values are those of a
         step's last batch. Raises InputError for a value that is not finite.
@@ -330,11 +342,9 @@ class Run:
 
         several: M where the network gives the logits of M networks; then (M, K).
         """
-        side = self.cfg.eval_window
-        window = (side, math.ceil(side * 2 / 3)) if side else None
         classes = len(self.data.classes)
         with self.autocast(), machine.tuning(False):
-            return iou(evaluate(network, self.val, classes, self.device, window, several))
+            return iou(evaluate(network, self.val, classes, self.device, self.window, several))
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -342,7 +352,7 @@ class Run:
             dist.barrier()
 
     def record(self, step: int, ious: Tensor, **others: Tensor) -> None:
-        """Log an evaluation after `step`, and write `last.pt`, `iou.txt`, and a better `best.pt`.
+        """Log an evaluation after `step`; write `last.pt`, a better `best.pt`, tables and pictures.
 
         ious (K,): the model's IoU by class in [0, 1], NaN for a class that does not occur; others:
         those of networks that are not the model, whose mean is logged beside. Raises InputError
@@ -354,7 +364,8 @@ class Run:
             self._diverged("a weight is not finite", step)
         self.miou, done = ious.nanmean().item(), step + 1
         scored = not math.isnan(self.miou)  # not without validation masks
-        by_class = [None if math.isnan(value) else value for value in ious.tolist()]
+        values = [None if math.isnan(value) else value for value in ious.tolist()]
+        by_class = dict(zip(self.data.classes, values, strict=True))
         means = {name: other.nanmean().item() for name, other in others.items()}
         entry = {"step": done, "miou": self.miou if scored else None, "iou": by_class, **means}
         self.history.append(entry)
@@ -362,11 +373,12 @@ class Run:
             return
         better = self.miou > self.best
         self.best = self.miou if better else self.best
-        self._write_log(entry)  # first: a log line too many is cut when the run is resumed
+        # First: a log line too many is cut when the run is resumed.
+        complete_log(self.folder / "log.jsonl", entry | self._clock())
         if scored:
-            table = iou_table(self.data.classes, by_class, self.miou)
-            replace_text(self.folder / "iou.txt", table)
+            replace_text(self.folder / "iou.txt", iou_table(by_class, self.miou))
         self._write_checkpoints(done, ["best.pt"] * better + ["last.pt"])
+        self._draw()
         shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
         figure = f"mIoU {100 * self.miou:.2f}" if scored else "no mIoU"
         tqdm.write(f"step {done}/{self.total}  {figure}{shown}")
@@ -401,6 +413,7 @@ class Run:
 
     def _open(self) -> None:
         self.first, self.miou, self.best, self.kept = 0, math.nan, -1.0, ""
+        self.drawn = False  # of the last evaluation
         resumed = self.cfg.resume and (self.folder / "last.pt").is_file()
         if self.world > 1:
             seen = [None] * self.world
@@ -411,9 +424,7 @@ class Run:
             self._load()
         lines = read_log(self.folder / "log.jsonl") if resumed else []
         lines = [line for line in lines if line["step"] <= self.first]  # the others come again
-        self.history = [
-            {key: line[key] for key in line if key != "seconds"} for line in lines if "miou" in line
-        ]
+        self.history = [evaluation(line) for line in lines if "miou" in line]
         self.skipped = [image for line in lines for image in line.get("skipped", ())]
         if self.rank == 0:
             settings = asdict(self.cfg) | {"processes": self.world}
@@ -466,6 +477,20 @@ class Run:
             content = plain(whole if name == "last.pt" else model)
             replace_file(self.folder / name, partial(torch.save, content))
 
+    def _draw(self, draw: Callable[[Path], None] | None = None) -> None:
+        """Write `panels.png`, of validation pictures or as `draw` does, and `curves.png`."""
+        path = self.folder / "panels.png"
+        if draw is not None:
+            draw(path)
+        elif self.data.val:
+            modules = [part for part in self.state.values() if isinstance(part, nn.Module)]
+            how = dict(window=self.window, show=self.show)
+            with self.autocast(), machine.tuning(False), evaluating(nn.ModuleList(modules)):
+                panels(self.model, self.data, path, self.device, **how)
+        log = read_log(self.folder / "log.jsonl")
+        curves.write(self.folder / "curves.png", {self.name: log})
+        self.drawn = True
+
     def _diverged(self, what: str, step: int) -> None:
         raise InputError(
             f"{what} at step {step + 1}: training diverged; lower --lr (what was saved before is "
@@ -473,13 +498,13 @@ class Run:
         )
 
     def finish(self, draw: Callable[[Path], None] | None = None) -> Result:
-        """Write `panels.png`, print mIoU, time and memory; the result's model is in eval mode.
+        """Draw, print IoU, time and memory; the result's model is in eval mode.
 
-        draw: what writes that file; by default it shows validation pictures.
+        draw: what writes `panels.png` in the end; by default it shows validation pictures.
         """
         if self.rank == 0:
-            path = self.folder / "panels.png"
-            panels(self.model, self.data, path, self.device) if draw is None else draw(path)
+            if draw is not None or not self.drawn:
+                self._draw(draw)
             memory = ""
             if self.device.type == "cuda":
                 memory = f", {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB peak"
@@ -489,6 +514,7 @@ class Run:
             if not self.data.val:
                 figures = "no validation masks, no mIoU"
             elif self.history:
+                print(f"IoU by class in %\n{iou_columns(self.history[-1]['iou'])}", end="")
                 figures = f"mIoU {100 * self.miou:.2f} at the last step (best on validation "
                 figures += f"{100 * self.best:.2f})"
             print(f"{figures}, {time.time() - self.started:.0f} s{memory}: {self.folder}")
@@ -500,9 +526,12 @@ class Run:
             print(text, flush=True)
 
     def _write_log(self, entry: dict) -> None:
-        seconds = round(time.time() - self.started, 1)
+        text = log_text([entry | self._clock()])
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry | {"seconds": seconds}) + "\n")
+            file.write(text)
+
+    def _clock(self) -> dict[str, float]:
+        return {"seconds": round(time.time() - self.started, 1)}
 
 
 def duration(seconds: float) -> str:

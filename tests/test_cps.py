@@ -12,6 +12,7 @@ import cps
 from common.augment import mix
 from common.flags import InputError
 from common.losses import ohem_cross_entropy
+from common.run import Run
 
 B, K, H, W = 2, 4, 3, 5
 PIXELS = [(b, i, j) for b in range(B) for i in range(H) for j in range(W)]
@@ -271,3 +272,29 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(few, light, tmp_path, mon
     monkeypatch.setattr(torch.optim.SGD, "step", compare)
     cps.train(cps.Config(accum=3, supervised_only=True, output_dir=str(tmp_path), **SEMI))
     assert weights and not grads
+
+
+@pytest.mark.parametrize("kind", ["cps", "single"])
+def test_panels_mark_where_two_networks_disagree(kind, few, light, tmp_path, monkeypatch):
+    """Both predict as in evaluation; what is drawn moves no statistics."""
+    drawn, starts, begin = [], [], Run.start
+
+    def note_start(run, data, model, **state):
+        starts.extend(state["networks"])
+        begin(run, data, model, **state)
+
+    def note(*_, show, **how):
+        images = torch.randn(1, 3, 64, 64)
+        assert not any(module.training for network in starts for module in network.modules())
+        labels = [network(images).argmax(dim=1) for network in starts]
+        drawn.append(show and (show(images), labels))
+
+    monkeypatch.setattr(Run, "start", note_start)
+    monkeypatch.setattr("common.run.panels", note)
+    cps.train(cps.Config(supervision=kind, output_dir=str(tmp_path), **SEMI))
+    (found,) = drawn
+    if kind == "single":
+        assert found is None
+        return
+    (marks,), (labels1, labels2) = found[0].values(), found[1]
+    assert torch.equal(marks, labels1 != labels2) and marks.any()

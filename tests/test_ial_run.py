@@ -21,9 +21,10 @@ import common.maps
 import ial
 from common import deeplab
 from common.augment import normalise
-from common.layouts import voc_colors
+from common.layouts import DISTINCT, GREY
 from common.losses import VOID
 from common.maps import Maps, at_pixels, pad
+from common.panels import CELL, MARK
 from common.run import InputError, Run
 from common.tags import load_tagged
 
@@ -109,7 +110,7 @@ def test_a_run_leaves_a_line_for_each_stage(whole):
         assert line.keys() == {"step", "stage", *other, *shares}
         assert all(line[share] is None or 0 <= line[share] <= 1 for share in shares)
         assert all(line[name] is None or line[name] >= 0 for name in other)
-    steps = [line for line in logged(folder) if "stage" not in line and "miou" not in line]
+    steps = [line for line in logged(folder) if "stage" not in line]
     losses = [name for name in ("tags", "unary", "region", "affinity", "unary") for _ in range(2)]
     assert all(math.isfinite(line[f"loss_{n}"]) for n, line in zip(losses, steps, strict=True))
 
@@ -421,7 +422,7 @@ def test_a_run_that_stops_in_any_stage_goes_on_exactly(whole, data, tmp_path, mo
             assert taken == list(range(start, 2 * stage + 2))
     stop.clear()
     run(tmp_path, data, resume=True)
-    for name in ("last.pt", "best.pt", "iou.txt", "panels.png"):
+    for name in ("last.pt", "best.pt", "iou.txt", "panels.png", "curves.png"):
         assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes(), name
     assert files(tmp_path) == files(whole[0]) and logged(tmp_path) == logged(whole[0])
 
@@ -465,11 +466,14 @@ def test_maps_are_read_as_they_were_written(data, tmp_path):
     ours = maps.read("probs", 1)
     assert ours.dtype == torch.float32 and torch.equal(ours, expected)
     wide = ["I;16", "I"]  # the latter in older Pillow
-    for value, modes in ((255, ["L"]), (256, wide), (65535, wide)):
+    for value, modes in ((255, ["P"]), (256, wide), (65535, wide)):
         labels = torch.tensor([[0, 1, 2], [254, 100, value]])
         maps.write("labels", 0, labels)
         with Image.open(tmp_path / "maps/labels/000.png") as png:
             assert png.mode in modes
+            if png.mode == "P":  # in the classes' colours for who opens it
+                shown = np.asarray(png.convert("RGB"))
+                assert (shown[0] == DISTINCT[:3]).all() and (shown[1, 2] == GREY).all()
         ours = maps.read("labels", 0)
         assert ours.dtype == torch.int64 and torch.equal(ours, labels)
     with pytest.raises(InputError, match="--segment-size"):
@@ -592,19 +596,24 @@ def test_panels_show_the_maps_of_some_pictures(whole, data, tmp_path, monkeypatc
     maps, drawn = maps_of(whole[0], data), []
     monkeypatch.setattr(common.maps, "sheet", lambda *args: drawn.append(args))
     maps.panels(tmp_path / "x.png", ["seeds", "mined7", "labels1", "unary2"], rows=2)
-    ((path, titles, strips, _),) = drawn
+    ((path, titles, strips, notes, _),) = drawn
     assert path == tmp_path / "x.png" and len(strips) == 2
+    pictures = [Path(maps.pairs[index][0]) for index in (0, 4)]
+    assert notes == [picture.relative_to(data).as_posix() for picture in pictures]
     assert titles == "image activation superpixels seeds labels1 unary2 truth".split()
-    palette = np.full((256, 3), 255)
-    palette[:3] = voc_colors(3)
+    palette = np.full((256, 3), GREY)
+    palette[:3] = DISTINCT[:3]
     for index, (photo, heat, regions, *labels) in ((0, strips[0]), (4, strips[1])):
         assert (photo == maps.image(index).permute(1, 2, 0).numpy()).all()
         expected = (255 * maps.read("cam", index).amax(dim=0)).byte()
         assert all(np.array_equal(heat[..., channel], expected) for channel in range(3))
-        segments = maps.read("superpixels", index).numpy()
+        segments, fine = maps.read("superpixels", index).numpy(), CELL // 45
         for segment in np.unique(segments):
             mean = photo[segments == segment].mean(axis=0)
-            assert (abs(regions[segments == segment] - mean) < 1).all()
+            assert (abs(regions[::fine, ::fine][segments == segment] - mean) < 1).all()
+        marked = (regions == MARK).all(axis=-1)  # at the last row and column of a pixel's block
+        assert (marked[fine - 1 :: fine, ::fine][:-1] == (np.diff(segments, axis=0) != 0)).all()
+        assert (marked[::fine, fine - 1 :: fine][:, :-1] == (np.diff(segments, axis=1) != 0)).all()
         with Image.open(data / "masks/train" / f"{maps.names[index]}.png") as mask:
             truth = np.array(mask)
         kinds = [maps.read(kind, index)[None] for kind in ("seeds", "labels1", "unary2")]

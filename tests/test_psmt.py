@@ -529,3 +529,18 @@ def test_recipes_are_the_released_ones(name, gpus, epoch, warmup, steps, monkeyp
     own = (recipe.lr, recipe.lam, recipe.crop_size, recipe.batch_size, recipe.cutmix, recipe.ohem)
     city = (0.0045, 3.0, 800, 4, "boxes", True)
     assert own == ((0.0025 * gpus, 1.5, 512, 8, "box", False) if recipe.dataset == "voc" else city)
+
+
+def test_panels_show_the_teachers_confidence_and_where_it_is_too_low(
+    few, light, tmp_path, monkeypatch
+):
+    images, drawn = torch.randn(1, 3, 64, 64), []
+    monkeypatch.setattr("common.run.panels", lambda *_, show, **how: drawn.append(show))
+    for name in ("semi", "sup"):
+        flags = SEMI | dict(output_dir=str(tmp_path / name), threshold=0.2)
+        result = psmt.train(psmt.Config(supervised_only=name == "sup", **flags))
+        if name == "semi":
+            conf, below = drawn[0](images).values()
+            expected = result.model(images).softmax(dim=1).max(dim=1).values
+            assert torch.equal(conf, expected) and torch.equal(below, expected < 0.2)
+    assert len(drawn) == 2 and drawn[1] is None

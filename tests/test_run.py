@@ -41,7 +41,7 @@ from common.flags import (
 )
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
-from common.outputs import replace_file, replace_text
+from common.outputs import iou_columns, replace_file, replace_text
 from common.run import InputError, Run, duration, main
 
 TINY = SEMI | dict(iters=8)
@@ -332,7 +332,8 @@ def test_outputs_are_complete_and_the_checkpoints_rebuild_the_model(few, light, 
         network.load_state_dict(content["networks"][0])
         ious = iou(evaluate(network, loader, 7, "cpu", (48, 32)))
         (entry,) = (e for e in result.history if e["step"] == content["step"])
-        assert entry["iou"] == [None if math.isnan(v) else v for v in ious.tolist()]
+        values = [None if math.isnan(v) else v for v in ious.tolist()]
+        assert entry["iou"] == dict(zip(shapes.CLASSES, values, strict=True))
         assert entry["miou"] == content["miou"]
 
 
@@ -349,10 +350,52 @@ def test_the_best_checkpoint_stays_and_one_that_is_not_finite_is_not_written(few
     assert "diverged" in said(lambda: run.record(3, absent + 1))
     assert saved(tmp_path, "best.pt")["step"] == 2 and saved(tmp_path)["step"] == 3
     assert (tmp_path / "iou.txt").read_text().startswith("ground\tabsent\nfish\t37.50\n")
-    entry = {"step": 3, "miou": 0.375, "iou": [None] + [0.375] * 6, "other": 0.125}
+    by_class = dict(zip(shapes.CLASSES, [None] + [0.375] * 6, strict=True))
+    entry = {"step": 3, "miou": 0.375, "iou": by_class, "other": 0.125}
     assert logged(tmp_path)[-1] == entry
     again, _ = begun(tmp_path, resume=True)
     assert (again.miou, again.best, again.history[-1]) == (0.375, 0.5, entry)
+
+
+def test_an_evaluation_completes_the_line_of_its_step(few, light, tmp_path, capsys):
+    """So that losses and mIoU of one step are one row of a table; a stage's line stays its own."""
+    run, _ = begun(tmp_path)
+    ious = torch.tensor([math.nan, 0.5, 0.25, 0.5, 0.5, 0.25, 0.5], dtype=torch.float64)
+    by_class = {"ground": None} | dict(zip(shapes.CLASSES[1:], ious.tolist()[1:], strict=True))
+    for step in run.loop():
+        run.log(step, loss_sup=1.0)
+        if step == 3:
+            run.note(step, "stage", other=0.5)
+        if run.due(step):
+            run.record(step, ious, teacher=ious)
+    losses = [dict(step=step, loss_sup=1.0) for step in range(1, 9)]
+    scored = dict(miou=ious.nanmean().item(), iou=by_class, teacher=ious.nanmean().item())
+    expected = [line | (scored if line["step"] % 2 == 0 else {}) for line in losses]
+    expected.insert(4, dict(step=4, stage="stage", other=0.5))
+    assert logged(tmp_path) == expected
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert all(list(json.loads(line))[-1] == "seconds" for line in lines)
+
+    again, _ = begun(tmp_path, resume=True)
+    assert again.history == run.history == [dict(step=s, **scored) for s in (2, 4, 6, 8)]
+    capsys.readouterr()
+    for name in ("panels.png", "curves.png"):  # they are drawn at every evaluation, and in the end
+        (tmp_path / name).unlink()
+    again.finish()
+    assert (tmp_path / "panels.png").is_file() and (tmp_path / "curves.png").is_file()
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
+    assert table[0] == "IoU by class in %".split()
+    assert table[1] == "ground absent leaf 25.00 house 50.00 butterfly 50.00".split()
+
+
+def test_ious_on_a_console_are_aligned_in_as_many_columns_as_fit():
+    ious = {"sky": 0.5, "traffic light": None, "car": 1.0}
+    assert iou_columns(ious, 30) == (
+        "    sky             50.00\n    traffic light  absent\n    car            100.00\n"
+    )
+    assert iou_columns(ious, 60) == (
+        "    sky             50.00    car            100.00\n    traffic light  absent\n"
+    )
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -541,7 +584,7 @@ def test_resume_without_a_checkpoint_starts_afresh(few, light, tmp_path, capsys)
     before = '{"step": 1, "loss_sup": 3.0}\n{"st'
     (tmp_path / "log.jsonl").write_text(before)
     train(tmp_path, iters=2, resume=True)
-    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 2]
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2]
     assert "nothing to resume, begins at step 1; its log is log.old.jsonl now\n" in (
         capsys.readouterr().out
     )
@@ -567,7 +610,7 @@ def test_killed_at_three_steps_and_resumed_the_checkpoint_is_bit_equal(few, ligh
         process.kill()
         process.wait()
     finish(start("cps", *flags, "--output-dir", cut, "--resume"))
-    for name in ("last.pt", "best.pt", "iou.txt", "panels.png"):
+    for name in ("last.pt", "best.pt", "iou.txt", "panels.png", "curves.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
     assert logged(cut) == logged(whole)
 

@@ -82,7 +82,8 @@ STOPPED = [  # runs that are cut a step after a checkpoint: in a warm-up or a st
     ("cac", dict(iters=6, warmup=0.5, bank=2, accum=2), (3, 5)),
     ("ial", dict(), (1, 5, 7)),
 ]
-ARTEFACTS = {"config.json", "log.jsonl", "last.pt", "best.pt", "panels.png", "iou.txt"}
+ARTEFACTS = {"config.json", "log.jsonl", "last.pt", "best.pt", "iou.txt"}
+ARTEFACTS |= {"curves.png", "panels.png"}
 TREES = dict(
     folder=(trees.folder_tree, 3),
     voc=(partial(trees.voc_tree, aug=False), 21),
@@ -312,7 +313,7 @@ def test_a_run_that_stops_goes_on_exactly(name, flags, stops, few, light, tmp_pa
         assert (cut / file).read_bytes() == (whole / file).read_bytes(), file
     logs = [[json.loads(line) for line in (f / "log.jsonl").open()] for f in (whole, cut)]
     first, second = ([line | {"seconds": 0} for line in log] for log in logs)
-    assert first == second and len(first) > 4
+    assert first == second and len(first) >= 4
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import trees
 
 from common import shapes
 from common.data import check, describe
-from common.layouts import BAD, CITYSCAPES, VOID, voc_colors
+from common.layouts import BAD, CITYSCAPES, DISTINCT, VOID
 from common.run import InputError
 from common.tags import load_tagged
 
@@ -195,7 +195,7 @@ def test_merged_classes_become_class_0(tmp_path):
     data = load_tagged("folder", str(root), " sky,road ")
     assert shown(data) == {"000": {"cat"}, "001": {"sea lion"}, "003": {"sea lion"}}
     assert data.classes == ["background", "cat", "sea lion"]
-    assert data.colors == [(0, 0, 0), voc_colors(4)[1], voc_colors(4)[3]]
+    assert data.colors == [(0, 0, 0), DISTINCT[1], DISTINCT[3]]
     assert data.lookup.dtype == np.uint8 and data.lookup[:4].tolist() == [0, 1, 0, 2]
     assert data.lookup[VOID] == VOID and (data.lookup[4:VOID] == BAD).all()
     check(data)

@@ -246,8 +246,8 @@ def score(model: Segmenter, options: argparse.Namespace) -> str:
     device, windows = next(model.parameters()).device, _windows(model, options.window)
     with machine.autocast(device, machine.takes_bf16(device, options.amp)):
         ious = iou(evaluate(model, loader, len(model.classes), device, windows))
-    by_class = [None if math.isnan(value) else value for value in ious.tolist()]
-    return iou_table(model.classes, by_class, ious.nanmean().item())
+    values = [None if math.isnan(value) else value for value in ious.tolist()]
+    return iou_table(dict(zip(model.classes, values, strict=True)), ious.nanmean().item())
 
 
 def export(model: Segmenter, path: Path) -> None:

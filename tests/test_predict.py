@@ -97,7 +97,7 @@ def test_any_scripts_checkpoint_predicts_what_its_run_evaluated(name, flags, few
             counted[who] = counted.get(who, 0) + counts
     for counts in counted.values():
         ious = [None if math.isnan(value) else value for value in iou(counts).tolist()]
-        assert ious == result.history[-1]["iou"]
+        assert ious == list(result.history[-1]["iou"].values())
     assert repr(result) == (
         f"Result(mIoU {100 * result.miou:.2f}, {len(result.history)} "
         f"evaluation{'s' * (len(result.history) > 1)}, {tmp_path / 'run'})"
@@ -491,7 +491,7 @@ def test_a_test_split_that_cannot_be_scored_is_refused(checkpoint, tmp_path, mon
         path.unlink()
     assert f"{root / 'images' / 'test'}: holds no picture" in said()
     (root / "images" / "test").rename(root / "images" / "val")
-    assert f"{root / 'images' / 'test'}: missing; put the test pictures there" in said()
+    assert f"{root / 'images' / 'test'}: missing; the layout is classes.txt, images/" in said()
 
 
 # --- export ---

@@ -43,7 +43,9 @@ def test_a_block_runs_as_it_stands(code, tmp_path):
     Image.new("RGB", (40, 40), (90, 90, 0)).save(tmp_path / "photo.jpg")
     network = DeepLabV3Plus(len(CLASSES), "resnet18", None, 8)
     saved = dict(networks=[network.state_dict()], arguments=[network.arguments])
-    saved |= dict(classes=list(CLASSES), colors=[list(color) for color in COLORS], window=0)
+    saved |= dict(
+        classes=list(CLASSES), colors=[list(color) for color in COLORS], window=0, miou=0.5
+    )
     for path in re.findall(r'"(runs/[^"]+\.pt)"', code):
         (tmp_path / path).parent.mkdir(parents=True)
         torch.save(saved, tmp_path / path)

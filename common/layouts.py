@@ -20,7 +20,7 @@ BAD = 254  # in a lookup: a mask value that stands for nothing
 DRAWN = "shapes:"  # before the id of a picture that is drawn, not read
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 MASK_ENDS = ("", "_mask", "_label", "_gt")  # what a mask's name has besides its picture's
-FOLDER = "classes.txt, images/{train,val[,test]}/NAME.jpg, masks/{train,val[,test]}/NAME.png"
+FOLDER = "classes.txt, images/{train,val}/NAME.jpg, masks/{train,val}/NAME.png"
 Pair = tuple[str, str | None]  # picture, mask
 
 CITYSCAPES = {  # labelId of the 19 training classes: name, colour

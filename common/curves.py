@@ -70,7 +70,8 @@ def losses_of(log: list[dict], name: str) -> Points:
 
 
 def mious_of(log: list[dict], name: str = "miou") -> Points:
-    return [(line["step"], 100 * line[name]) for line in log if "miou" in line and name in line]
+    scored = [line for line in log if line.get("miou") is not None and name in line]
+    return [(line["step"], 100 * line[name]) for line in scored]
 
 
 def draw(found: dict[str, dict[str, Points]], title: str) -> Image.Image:

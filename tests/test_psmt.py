@@ -457,7 +457,7 @@ def test_pictures_answers_and_valid_pixels_are_cut_and_zoomed_alike(
 def test_flags_reach_what_they_are_for(tmp_path):
     padded = dict(scales=(0.3, 0.3), cutmix="off")
     changed = dict(threshold=0.3, eps=5.0, strength=0.7, ohem=True, ema_decay=0.5, amp="bf16")
-    changed |= dict(count_padding=True, pseudo_eval=True)
+    changed |= dict(count_padding=True, pseudo_eval=True, crop_size=232)
     first, second = (tell(tmp_path / f"{len(f)}", **padded, **f) for f in ({}, changed))
     for told, threshold, eps, strength, ohem, decay, dtype, passes in (
         (first, 0.6, 2.0, 0.2, False, 0.9, torch.float32, 1),

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from common import machine
@@ -62,8 +61,7 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) uint8 -> logits (B, K, H, W)."""
-        images = v2.functional.to_dtype(images, torch.float32, scale=True)
-        images = (images - self.mean) / self.std
+        images = (images.float() * (1 / 255) - self.mean) / self.std
         height, width = images.shape[-2:]
         if min(height, width) >= 32:
             return self.model(images)
@@ -253,19 +251,32 @@ def score(model: Segmenter, options: argparse.Namespace) -> str:
 def export(model: Segmenter, path: Path) -> None:
     """Write a program that runs without this code: uint8 pictures (B, 3, H, W) to logits.
 
-    Of any B, H and W, H and W from 32 on.
+    Of any B, H and W, the latter from 32 to 65,536.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     model = deepcopy(model).requires_grad_(False)
     model.to("cpu", memory_format=torch.contiguous_format)
     for module in model.modules():
         if isinstance(module, DilatedConv):  # whose shortcut for small maps would fix their size
             module.__class__ = nn.Conv2d
-    dim = torch.export.Dim
-    sizes = {0: dim("batch"), 2: dim("height", min=32), 3: dim("width", min=32)}
+        elif isinstance(module, nn.MaxPool2d):
+            module.forward = _max_pool
+    dim = partial(torch.export.Dim, min=32, max=2**16)
+    sizes = {0: torch.export.Dim("batch"), 2: dim("height"), 3: dim("width")}
     pictures = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
     program = torch.export.export(model, (pictures,), dynamic_shapes=(sizes,), strict=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    program = program.run_decompositions({})  # into operators that PyTorch 2.6 can save
     replace_file(path, partial(torch.export.save, program))
+
+
+def _max_pool(x: Tensor) -> Tensor:
+    """A ResNet's max pooling, 3 x 3 in steps of 2: (B, C, h, w) -> (B, C, h/2, w/2), rounded up.
+
+    PyTorch 2.6 exports its own for odd sizes or for even ones.
+    """
+    x = F.pad(x, (1, 1, 1, 1), value=-math.inf)
+    x = x[..., :-2:2, :].maximum(x[..., 1:-1:2, :]).maximum(x[..., 2::2, :])
+    return x[..., :-2:2].maximum(x[..., 1:-1:2]).maximum(x[..., 2::2])
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -190,6 +190,8 @@ def find(pictures: Path, output: Path) -> dict[str, Path]:
         if out != inside and out.is_relative_to(inside):  # masks of an earlier call are no pictures
             masks = f"{out.relative_to(inside).as_posix()}/"
             found = {name: path for name, path in found.items() if not name.startswith(masks)}
+        if not found:
+            raise InputError(f"{pictures}: holds no picture ({', '.join(sorted(SUFFIXES))})")
         others = [
             path
             for path in sorted(pictures.rglob("*"))
@@ -198,8 +200,6 @@ def find(pictures: Path, output: Path) -> dict[str, Path]:
         if others:
             also = f" and {len(others) - 1} more" * (len(others) > 1)
             print(f"{others[0]}{also}: no picture by the name, left out", file=sys.stderr)
-        if not found:
-            raise InputError(f"{pictures}: holds no picture ({', '.join(sorted(SUFFIXES))})")
     else:
         raise InputError(f"{pictures}: no such picture or folder")
     sources = {path.resolve() for path in found.values()}

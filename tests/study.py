@@ -18,10 +18,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -92,6 +93,7 @@ def prepare(home: Path, photographs: Path) -> None:
     """CamVid at a third of its size, the flowers at half, and a start from the animals' tags."""
     from PIL import Image
 
+    shutil.copytree(photographs / "flowers", home / "data" / "flowers-128", dirs_exist_ok=True)
     for name, by in (("camvid", 3), ("flowers", 2)):
         for path in sorted((photographs / name).rglob("*")):
             copy = home / "data" / path.relative_to(photographs)
@@ -156,6 +158,38 @@ def on_photographs(
     labeled = f"--labeled {share}"
     parts = SETS[data], VIEWS[data, script], STARTS[start], labeled, flags, more
     return Cell(name, script, " ".join(part for part in parts if part))
+
+
+# CPS: the second network begins as the first.
+EQUAL = (
+    (
+        "    networks = [build() for _ in range(2 if twins else 1)]\n",
+        "    networks = [build()]\n    networks += [deepcopy(networks[0])] * twins\n",
+    ),
+)
+# CPS with 43 flowers labelled: λ and its rise; whether a second network is needed, and that it
+# begins elsewhere.
+RATES = {
+    f"CPS + CutMix, λ {lam:g} after {ramp:g}": on_photographs(
+        "flowers", "1/16", "CPS + CutMix", more=f"--lam {lam:g} --ramp {ramp:g}"
+    )
+    for lam, ramp in ((0.5, 0.3), (1.5, 0.3), (3, 0.3), (1, 0), (1, 0.6))
+}
+CPS = {
+    name: on_photographs("flowers", "1/16", name)
+    for name in ("supervised", "CPS", "CPS + CutMix", "single network + CutMix")
+}
+for name in ("CPS", "CPS + CutMix"):
+    cell = CPS[name]
+    CPS[f"{name}, equal networks"] = replace(cell, name=f"{cell.name}_equal", edits=EQUAL)
+CPS |= RATES
+# How many labels the method needs.
+COUNTS = ("1/40", "1/32", "1/24", "1/16", "1/8")
+ENOUGH = {
+    f"{method} {share}": on_photographs("flowers", share, method)
+    for share in COUNTS
+    for method in ("supervised", "CPS + CutMix")
+}
 
 
 def photographs(data: str, start: str = "start") -> dict[str, Cell]:
@@ -236,13 +270,6 @@ ALL_VALID = (
         "    return torch.where(passing, losses, 0.0).sum() / valid.sum().clamp(min=1)\n",
     ),
 )
-# CPS: the second network begins as the first.
-EQUAL = (
-    (
-        "    networks = [build() for _ in range(2 if twins else 1)]\n",
-        "    networks = [build()]\n    networks += [deepcopy(networks[0])] * twins\n",
-    ),
-)
 # CAC: both crops are mirrored, or none.
 ONE_FLIP = (
     (
@@ -296,6 +323,19 @@ IAL = {
         "--mining rule80",
         "--method direct",
     )
+}
+# From tags, at the flowers' own size: four cells a side, as at half of it, are too coarse a map.
+TAGS = (
+    "--dataset folder --data-path data/flowers-128 --weights data/start.pt --backbone resnet18 "
+    "--net resnet18 --width 64 --batch-size 16 --crop-size 128 --workers 0 --rounds 2 --iters 1200 "
+    "--eval-every 1200 --lr 0.03 --net-lr 0.02 --net-steps 0.5 0.25 0.5 --scales 0.75 1.0 1.25 "
+    "--tag-scales 0.75 1.0 1.25 --cam-scales 1.0 1.5 2.0 --fg 0.5 --bg 0.15"
+)
+IAL_FLOWERS = {
+    flags or "as it is": Cell(
+        re.sub(r"\W+", "_", f"flowers-128 ial {flags}").strip("_"), "ial", f"{TAGS} {flags}".strip()
+    )
+    for flags in ("", "--method direct", "--scans sequence --project", "--no-balance")
 }
 
 # --- the tables ---
@@ -477,6 +517,9 @@ TABLES = {
     "cac": (CAC, partial(show_variants, base="VIII (all)")),
     "cac-classes": (CAC, partial(show_classes, base="(a) supervised")),
     "ial": (IAL, show_stages),
+    "ial-flowers": (IAL_FLOWERS, show_stages),
+    "cps": (CPS, partial(show_variants, base="supervised")),
+    "enough": (ENOUGH, partial(show_variants, base="supervised 1/40")),
 }
 for data in SETS:
     for start in STARTS:

@@ -534,7 +534,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=ROOT.parent / "study")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="a pattern that a run's folder has to hold")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     home = args.home.resolve()
     if not home.exists():
         subprocess.run(["git", "worktree", "add", "--detach", str(home)], cwd=ROOT, check=True)

@@ -535,10 +535,10 @@ def train(cfg: Config) -> Result:
                 loss = loss_sup + cfg.lam * loss_dc  # L
             others = dict(loss_dc=loss_dc, **agreement(o1, o2, cfg.gamma))
 
-        (loss / cfg.accum).backward()
+        run.backward(loss / cfg.accum)
         if run.more_to_come:  # with --accum N the loop comes N times to a step
             continue
-        optimizer.step()
+        run.update(optimizer)
         optimizer.zero_grad()
         schedule.step()
         run.log(step, loss_sup=loss_sup, **others)

@@ -365,10 +365,10 @@ def train(cfg: Config) -> Result:
                 rise = min(1.0, (step + 1) / max(cfg.ramp * cfg.iters, 1))
                 loss = loss_sup + rise * lam * loss_unsup  # L, Eq. (5)
 
-        (loss / cfg.accum).backward()
+        run.backward(loss / cfg.accum)
         if run.more_to_come:  # with --accum N the loop comes N times to a step
             continue
-        optimizer.step()
+        run.update(optimizer)
         optimizer.zero_grad()  # here, not before `backward`: the next passes need the memory
         schedule.step()
         if averaged:

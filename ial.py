@@ -608,12 +608,13 @@ def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
 
 def descend(run: Run, loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR) -> None:
     """One step down the loss, or with --accum N every N-th time down the mean of so many."""
-    (loss / run.cfg.accum).backward()
+    run.backward(loss / run.cfg.accum)
     if run.more_to_come:
         return
+    run.scaler.unscale_(optimizer)
     # Δ P: [ours] clipped; one rate for all layers.
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], run.cfg.clip)
-    optimizer.step()
+    run.update(optimizer)
     optimizer.zero_grad()
     schedule.step()
 

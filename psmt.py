@@ -436,11 +436,11 @@ def train(cfg: Config) -> Result:
             elif own:  # Δ C: each by itself, but from one batch; there, one after the other
                 loss = loss + sum(criterion(teacher(weak_l), labels_l) for teacher in teachers)
 
-        (loss / cfg.accum).backward()
+        run.backward(loss / cfg.accum)
         if run.more_to_come:  # with --accum N the loop comes N times to a step
             continue
         run.average_gradients(ensemble)  # those of `own`; the student's are averaged by its wrapper
-        optimizer.step()
+        run.update(optimizer)
         optimizer.zero_grad()
         if step >= warmup:
             schedule.step()

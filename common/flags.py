@@ -60,7 +60,9 @@ class RunConfig:
     eval_every: Count = 125  # steps between two evaluations, each of which writes last.pt
     eval_window: Window = 0  # side of evaluation's sliding windows in pixels; 0: whole pictures
     workers: int = 0  # loader processes per stream and process; 0: load in the main process
-    amp: Literal["auto", "none", "bf16"] = "auto"  # auto: bf16 on GPUs and CPUs that have it
+    # fp16 is for GPUs before Ampere, which are slow in bf16.
+    amp: Literal["auto", "none", "bf16", "fp16"] = "auto"  # auto: bf16 where GPU or CPU has it
+    deterministic: bool = False  # twice the same bits on a GPU, slower; a CPU has them anyway
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     seed: Seed = 0  # of initial weights, batches and every step's randomness
     output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>-<labeled>-s<seed>

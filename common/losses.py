@@ -17,7 +17,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits (B, K, H, W), labels (B, H, W) -> (). F.cross_entropy's own mean is NaN on a crop that
     is void throughout.
     """
-    total = F.cross_entropy(logits, labels, ignore_index=VOID, reduction="sum")
+    # A GPU's own sum has no fixed order, which --deterministic asks for.
+    reduction = "none" if torch.are_deterministic_algorithms_enabled() else "sum"
+    total = F.cross_entropy(logits, labels, ignore_index=VOID, reduction=reduction).sum()
     return total / (labels != VOID).sum().clamp(min=1)
 
 

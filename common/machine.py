@@ -52,18 +52,35 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and native
 
 
-def takes_bf16(device: torch.device, amp: str) -> bool:
-    """What --amp means on the device; auto: bf16 where it is native."""
-    return amp == "bf16" or (amp == "auto" and has_bf16(device))
+def precision(device: torch.device, amp: str) -> torch.dtype:
+    """What --amp means on the device; auto: bf16 where it is native, else float32."""
+    if amp == "fp16":
+        if device.type != "cuda":  # a CPU's convolutions take 16 times as long as in float32
+            raise InputError("--amp fp16: for CUDA GPUs alone; use auto, bf16 or none")
+        return torch.float16
+    half = amp == "bf16" or (amp == "auto" and has_bf16(device))
+    return torch.bfloat16 if half else torch.float32
 
 
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager:
-    """bf16 for what can bear it, or nothing.
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Half precision for what can bear it; nothing where dtype is float32.
 
     Without the cache of cast weights: one made in a pass without gradients would serve the next
     pass, and in PyTorch 2.6 keep the gradients from the weights.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+    half = dtype != torch.float32
+    return torch.autocast(
+        device.type, dtype if half else torch.bfloat16, enabled=half, cache_enabled=False
+    )
+
+
+def be_deterministic() -> None:
+    """Let the same command give the same bits, as far as PyTorch can, until the process ends.
+
+    It warns once of each operator that has no such form on the device.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def keep_memory() -> None:

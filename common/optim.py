@@ -37,6 +37,10 @@ def sgd_poly(
     groups = [group for group in groups if group["params"]]
     optimizer = SGD(groups, lr=lr, momentum=0.9, fused=True)
     optimizer.register_load_state_dict_post_hook(lay_out)
+    # A fused SGD's first step would leave its momentum undefined where the scaler of --amp fp16
+    # skips it. From zeros it is the same step.
+    for weight in (weight for group in groups for weight in group["params"]):
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer, PolynomialLR(optimizer, total_iters=iters, power=0.9)
 
 

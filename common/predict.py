@@ -106,11 +106,11 @@ def segment(
     model: what `load` gives, or a result's. image: a path, a Pillow image, or uint8 RGB, an array
     (H, W, 3) or a tensor (3, H, W); the first two are turned as their EXIF orientation says.
     window: the side of sliding windows, for pictures beyond memory; 0: the whole picture; None: as
-    its run evaluates. amp: auto, none or bf16. Raises InputError for what is no picture.
+    its run evaluates. amp: auto, none, bf16 or fp16. Raises InputError for what is no picture.
     """
     picture, device = _picture(image), next(model.parameters()).device
     model = model if isinstance(model, Segmenter) else Segmenter(model).to(device)
-    with evaluating(model), machine.autocast(device, machine.takes_bf16(device, amp)):
+    with evaluating(model), machine.autocast(device, machine.precision(device, amp)):
         mask = classify(model, picture[None].to(device), _windows(model, window))[0]
     return mask.to(image.device) if isinstance(image, Tensor) else mask.cpu().numpy()
 
@@ -242,7 +242,7 @@ def score(model: Segmenter, options: argparse.Namespace) -> str:
     check(replace(data, labeled=data.val, val=[]))  # as labelled ones: these may be small
     loader = val_loader(data, lambda image, label: (image, label), pixels=2**18)
     device, windows = next(model.parameters()).device, _windows(model, options.window)
-    with machine.autocast(device, machine.takes_bf16(device, options.amp)):
+    with machine.autocast(device, machine.precision(device, options.amp)):
         ious = iou(evaluate(model, loader, len(model.classes), device, windows))
     values = [None if math.isnan(value) else value for value in ious.tolist()]
     return iou_table(dict(zip(model.classes, values, strict=True)), ious.nanmean().item())
@@ -296,7 +296,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--overlay", action="store_true", help="with --output: also name_overlay.jpg")
     add("--window", type=int, help="side of sliding windows, 0: none [as its run evaluates]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    add("--amp", choices=("auto", "none", "bf16"), default="auto", help="as in training [auto]")
+    precisions = ("auto", "none", "bf16", "fp16")
+    add("--amp", choices=precisions, default="auto", help="as in training [auto]")
     options = parser.parse_args(words)
     if options.window is not None and (options.window < 0 or 0 < options.window < 32):
         raise InputError(f"--window {options.window}: must be 0, or 32 pixels and more")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from common import curves, machine
@@ -117,7 +118,12 @@ class Run:
         cuda = self.device.type == "cuda"
         if cuda:  # TF32, as in convolutions, where matrices stay in float32: above all CAC's loss
             torch.set_float32_matmul_precision("high")
-        self.bf16 = machine.takes_bf16(self.device, cfg.amp)
+        if cfg.deterministic:
+            machine.be_deterministic()
+        self.dtype = machine.precision(self.device, cfg.amp)
+        # Small gradients would be 0 in fp16: they are those of a scaled loss. Else it does nothing.
+        half = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.loading = dict(  # the loaders' arguments that depend on the machine
             rank=self.rank, world=self.world, workers=cfg.workers, pin_memory=cuda
         )
@@ -190,13 +196,16 @@ class Run:
         fits = partial(check_scales, self.cfg)
         counts = check(data, self.rank, self.world, unlabeled, fits)
         self.print(describe(data, counts))
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler
         self.data, self.networks, self.state = data, model, state
         self.model = model[0] if len(model) == 1 else Ensemble(model)
         self.draws, self.begins, self.clocks, self.planned = {}, {}, {}, False
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
         self.started = time.time()
         machine.in_all_processes(self._open)
-        precision = "bf16 where it can be (--amp none: float32)" if self.bf16 else "float32"
+        half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.dtype)
+        precision = f"{half} where it can be (--amp none: float32)" if half else "float32"
         self.print(f"on {self.device}, in {precision}: {self.folder}")
         if self.first == self.total:
             self.print(f"--resume: all {self.total} steps are done")
@@ -237,8 +246,17 @@ class Run:
         ]
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 for what can bear it, or nothing, as --amp says."""
-        return machine.autocast(self.device, self.bf16)
+        """Half precision for what can bear it, or nothing, as --amp says."""
+        return machine.autocast(self.device, self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients; with --amp fp16 those of the scaled loss."""
+        self.scaler.scale(loss).backward()
+
+    def update(self, optimizer: Optimizer) -> None:
+        """A step of the optimiser; with --amp fp16 none where a scaled gradient is not finite."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
     # --- the loop ---
 
@@ -254,7 +272,7 @@ class Run:
         accum = self.cfg.accum
         if steps and not self.planned:
             self._say_plan()
-        with machine.tuning(self.device.type == "cuda"):
+        with machine.tuning(self.device.type == "cuda" and not self.cfg.deterministic):
             for step in self.bar:
                 self._say_time(step, steps)
                 for number in range(accum):
@@ -454,7 +472,7 @@ class Run:
 
     def _settings(self) -> dict:
         """What a resumed run must share: its data, and all flags but those it may change."""
-        free = ("output_dir", "resume", "data_path", "workers", "device", "check")
+        free = "output_dir", "resume", "data_path", "workers", "device", "check", "deterministic"
         settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         pictures = " ".join(self.data.summary().split())

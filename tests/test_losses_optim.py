@@ -149,3 +149,21 @@ def test_momentum_is_resumed_whatever_its_layout(old, new):
     optimizers[2].load_state_dict(optimizers[0].state_dict())
     step(1), step(2)
     torch.testing.assert_close(convs[2].weight, convs[1].weight)
+
+
+def test_a_first_step_that_a_scaler_skips_leaves_no_trace():
+    """A fused SGD would leave its momentum undefined: whatever the memory held."""
+    nets = [nn.Conv2d(2, 3, 1) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    scaler = torch.amp.GradScaler("cpu")
+    for net, first in zip(nets, (1.0, math.inf), strict=True):
+        optimizer, _ = sgd_poly([net], 0.1, 0.01, 10)
+        for factor in (first, 1.0)[math.isfinite(first) :]:
+            optimizer.zero_grad()
+            scaler.scale(factor * net(torch.ones(1, 2, 1, 1)).sum()).backward()
+            junk = [torch.full((size,), 7e7) for size in (6, 3) for _ in range(100)]
+            del junk
+            scaler.step(optimizer)
+            scaler.update()
+    for parameter, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(parameter, other)

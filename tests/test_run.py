@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -142,7 +143,26 @@ def test_bf16_is_taken_where_it_is_native(tmp_path, monkeypatch):
         assert not machine.has_bf16(torch.device("mps"))
         for amp, expected in (("none", False), ("bf16", True), ("auto", avx512 or amx)):
             cfg = Typed(amp=amp, device="cpu", output_dir=str(tmp_path / "run"))
-            assert Run("any", cfg).bf16 == expected
+            assert Run("any", cfg).dtype == (torch.bfloat16 if expected else torch.float32)
+
+
+def test_fp16_is_for_cuda_alone(tmp_path):
+    assert machine.precision(torch.device("cuda", 0), "fp16") == torch.float16
+    cfg = Typed(amp="fp16", device="cpu", output_dir=str(tmp_path / "run"))
+    assert said(partial(Run, "any", cfg)) == (
+        "--amp fp16: for CUDA GPUs alone; use auto, bf16 or none"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_deterministic_run_asks_pytorch_for_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for wanted in (False, True):
+        made(tmp_path / "run", deterministic=wanted)
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == wanted
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 
 def test_memory_is_kept_where_the_c_library_can(monkeypatch):

@@ -21,7 +21,7 @@ import trees
 from few_shapes import COUNTS, ROOT, TINY, finish, shared, start
 from torch import nn
 
-from common import shapes
+from common import machine, shapes
 from common.flags import InputError, check_config, parse_config
 from common.run import Run
 
@@ -35,7 +35,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(supervision="prob_kl", cutmix=False, amp="auto"),
         dict(supervision="mean_teacher"),
         dict(supervision="mean_teacher", cutmix=False),
-        dict(supervision="single", check="full"),
+        dict(supervision="single", check="full", deterministic=True),
         dict(supervision="pseudoseg", cutmix=False),
     ],
     "psmt": [
@@ -44,7 +44,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(teachers="copy", ohem=True, crop_size=232, eval_window=48),
         dict(cutmix="boxes", zoom=True, amp="bf16"),
         dict(cutmix="off", pseudo_eval=True, count_padding=True, scales=(0.3, 0.5)),
-        dict(eps=0.0, check="full"),
+        dict(eps=0.0, check="full", deterministic=True),
     ],
     "cac": [
         dict(),
@@ -52,7 +52,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(projector=False, jitter=True, eval_window=48),
         dict(context=False, amp="bf16", dropout=0.5),
         dict(directed=False, mean_over="overlap", bank=0),
-        dict(class_filter=False, gamma=0.0, check="full"),
+        dict(class_filter=False, gamma=0.0, check="full", deterministic=True),
     ],
     "ial": [
         dict(),
@@ -61,7 +61,7 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
         dict(method="cam", tau=0.7, rounds=2, width=64),
         dict(mining="agree", net="resnet18", clamp=True, balance=False),
         dict(mining="rule80", rule="abs", stride=4, amp="bf16", tau=0.7),
-        dict(scans="sequence", project=True),
+        dict(scans="sequence", project=True, deterministic=True),
     ],
 }
 REFUSED = {  # flags that a script cannot take, the first of which is at fault
@@ -161,6 +161,8 @@ def test_short_runs_take_every_switch(name):
     for field in fields(config):
         choices = get_args(field.type) if get_origin(field.type) is Literal else ()
         choices = (True, False) if field.type is bool else choices
+        if field.name == "amp":
+            choices = set(choices) - {"fp16"}  # tests/test_cuda.py
         if choices and field.name not in ("dataset", "backbone", "net", "resume"):
             usual = {field.name: field.default} | TINY[name]
             taken = {(usual | flags)[field.name] for flags in VARIANTS[name]}
@@ -169,6 +171,7 @@ def test_short_runs_take_every_switch(name):
 
 # Of every flag another value than TINY's, and what it takes besides for it to make a difference.
 SEEN_ELSEWHERE = {  # what a flag changes that no short run shows
+    "deterministic": "the same result on a CPU",
     "dataset": "TREES",
     "data_path": "TREES",
     "background": "tests/test_tags.py",
@@ -295,6 +298,46 @@ def test_a_step_may_have_several_batches(name, few, light, tmp_path, monkeypatch
         seen[accum] = [rate for _, rate in updates], [line["step"] for line in log]
         first[accum] = accum * passes[0]  # of the same batch, weights and seed
     assert seen[1] == seen[3] and first[1] == pytest.approx(first[3], rel=1e-5)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """The scaler of --amp fp16 in float32, where it must change nothing: it scales by powers of 2.
+
+    scaled(scale): with this one at first.
+    """
+    plain, make = Run.autocast, torch.amp.GradScaler
+
+    def start(scale=2.0**16):
+        monkeypatch.setattr(machine, "precision", lambda device, amp: torch.float16)
+        monkeypatch.setattr(Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
+        monkeypatch.setattr(torch.amp, "GradScaler", partial(make, init_scale=scale))
+
+    yield start
+    monkeypatch.setattr(Run, "autocast", plain)
+
+
+@every_script
+def test_all_gradients_go_through_the_scaler(name, few, light, tmp_path, scaled):
+    flags = dict(accum=2, clip=0.3) if name == "ial" else dict(accum=2)
+    expected = train(name, tmp_path / "plain", **flags).model.state_dict()
+    scaled()
+    for key, value in train(name, tmp_path / "scaled", **flags).model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    saved = torch.load(tmp_path / "scaled" / "last.pt", weights_only=True)
+    assert saved["state"]["scaler"]["scale"] == 2.0**16
+
+
+def test_the_scaler_is_resumed_and_skips_steps(few, light, tmp_path, scaled, power_cut):
+    """From a scale at which the first losses are infinite."""
+    scaled(2.0**127)
+    flags = dict(iters=6, eval_every=2)
+    train("cps", tmp_path / "whole", **flags)
+    power_cut(3, partial(train, "cps", tmp_path / "cut", **flags, resume=True))
+    train("cps", tmp_path / "cut", **flags, resume=True)
+    whole, cut = (tmp_path / run / "last.pt" for run in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+    assert torch.load(cut, weights_only=True)["state"]["scaler"]["scale"] < 2.0**127
 
 
 # --- resuming, several processes ---

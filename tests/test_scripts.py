@@ -306,15 +306,14 @@ def scaled(monkeypatch):
 
     scaled(scale): with this one at first.
     """
-    plain, make = Run.autocast, torch.amp.GradScaler
+    make = torch.amp.GradScaler
 
     def start(scale=2.0**16):
         monkeypatch.setattr(machine, "precision", lambda device, amp: torch.float16)
         monkeypatch.setattr(Run, "autocast", lambda run: torch.autocast("cpu", enabled=False))
         monkeypatch.setattr(torch.amp, "GradScaler", partial(make, init_scale=scale))
 
-    yield start
-    monkeypatch.setattr(Run, "autocast", plain)
+    return start
 
 
 @every_script

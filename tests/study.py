@@ -121,7 +121,7 @@ NETWORK = "--dataset folder --backbone resnet18 --width 64 --batch-size 16 --wor
 STARTS = {"start": "--weights data/start.pt", "nothing": "--weights none"}
 SETS = {
     "flowers": f"{NETWORK} --data-path data/flowers --iters 1000 --eval-every 200 --lr 0.03",
-    "camvid": f"{NETWORK} --data-path data/camvid --iters 800 --eval-every 200 --lr 0.05",
+    "camvid": f"{NETWORK} --data-path data/camvid --iters 1500 --eval-every 250 --lr 0.05",
 }
 SHARES = {"flowers": ("1/40", "1/16"), "camvid": ("1/32", "1/16")}
 VIEWS = {  # crops, by script

@@ -636,7 +636,7 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
     view = partial(tag_view, crop=cfg.crop_size, scales=cfg.tag_scales)
     batches = iter(maps.loader(run, steps, view, "tags"))
-    for step in run.loop(steps):
+    for step in run.loop(steps, net=net, optimizer=optimizer, schedule=schedule):
         images, tags = run.to_device(next(batches))
         with run.autocast():
             scores = trained(images)  # (B, K, h, w)
@@ -665,7 +665,7 @@ def train_unary(
     optimizer, schedule = sgd_poly([unary], cfg.lr, cfg.weight_decay, len(steps))
     view = partial(train_view, crop=cfg.crop_size, scales=cfg.scales)
     batches = iter(maps.loader(run, steps, view, "seeds" if t == 1 else f"labels{t - 1}"))
-    for step in run.loop(steps):
+    for step in run.loop(steps, net=unary, optimizer=optimizer, schedule=schedule):
         images, labels, _ = run.to_device(next(batches))
         with run.autocast():
             logits = trained(images)  # (B, C, H, W)
@@ -702,7 +702,7 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
     optimizer, schedule = sgd_poly([net], cfg.net_lr, cfg.weight_decay, len(steps))
     view = partial(crop_view, cfg.crop_size, cfg.stride)
     batches = iter(maps.loader(run, steps, view, "superpixels", f"majority{t}"))
-    for step in run.loop(steps):
+    for step in run.loop(steps, net=net, optimizer=optimizer, schedule=schedule):
         images, segments, painted = run.to_device(next(batches))
         cells = at_cells(segments, cfg.stride)  # (B, h, w)
         majority = of_segments(at_cells(painted, cfg.stride), cells, maps.count)  # (B, S)
@@ -734,7 +734,7 @@ def train_pairwise(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> G
     view = partial(crop_view, cfg.crop_size, cfg.stride)
     batches = iter(maps.loader(run, steps, view, "superpixels", f"mined{t}", f"unary{t}"))
     form = dict(rule=cfg.rule, scans=cfg.scans)  # of G
-    for step in run.loop(steps):
+    for step in run.loop(steps, net=net, optimizer=optimizer, schedule=schedule):
         images, segments, mined, probs = run.to_device(next(batches))  # α^u: a constant
         with run.autocast():
             gates = trained(images).float()  # (B, 4, 4, h, w)
@@ -845,11 +845,12 @@ def train(cfg: Config) -> Result:
     maps = Maps(run.folder / "maps", data, cfg.stride)
 
     for name, t, steps in stages:
-        if steps.stop <= run.first:  # done before the run was resumed; others start again
+        if run.passed(steps):
             continue
         run.seed(steps.start)  # initial weights of the stage's networks
         if name == "seeds":
-            find_superpixels(run, cfg, maps)
+            if run.first == 0:  # else they were found before the run was resumed
+                find_superpixels(run, cfg, maps)
             figures = find_seeds(run, cfg, maps, steps)  # Y_0
         elif name == "unary":  # M-step of f: f_t learns α^p of the round before, at first Y_0
             unary.load_state_dict(initial)  # Δ P: [ours] each f_t starts anew

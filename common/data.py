@@ -38,6 +38,7 @@ from common.layouts import (
 )
 from common.losses import VOID
 from common.machine import gather_sum, in_all_processes
+from common.signals import outlive_signals
 
 # --- the lists ---
 
@@ -510,6 +511,7 @@ def draws_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader's own draws leave torch's generator alone
+        worker_init_fn=outlive_signals,
     )
 
 
@@ -534,6 +536,7 @@ def val_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
+        worker_init_fn=outlive_signals,
     )
 
 

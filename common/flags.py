@@ -58,6 +58,7 @@ class RunConfig:
     lr: Positive = 0.06  # initial rate, (1 - step / iters)^0.9 later; whatever batch and processes
     weight_decay: float = 1e-4  # on weights; BatchNorm and biases have none
     eval_every: Count = 125  # steps between two evaluations, each of which writes last.pt
+    save_every: float = 10.0  # minutes after which last.pt is written between evaluations; 0: off
     eval_window: Window = 0  # side of evaluation's sliding windows in pixels; 0: whole pictures
     workers: int = 0  # loader processes per stream and process; 0: load in the main process
     # fp16 is for GPUs before Ampere, which are slow in bf16.

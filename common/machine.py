@@ -175,10 +175,20 @@ def average_gradients(networks: nn.Module) -> None:
 def average_buffers(networks: nn.Module) -> None:
     """One set of BatchNorm statistics for all processes, where they kept their own."""
     for module in networks.modules() if dist.is_initialized() else ():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        own = not isinstance(module, nn.SyncBatchNorm)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own:
             for statistic in (module.running_mean, module.running_var):
                 dist.all_reduce(statistic)
                 statistic /= dist.get_world_size()
+
+
+def largest(values: list[float], device: torch.device) -> list[float]:
+    """Of each value the largest that a process has."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float32, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 def gather_sum(values: np.ndarray) -> np.ndarray:

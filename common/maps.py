@@ -20,6 +20,7 @@ from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
 from common.panels import CELL, MARK, colorize, picture_name, sheet
 from common.run import Run
+from common.signals import outlive_signals
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -101,11 +102,12 @@ class Maps:
         return [(segments.shape, int(segments.max())) for segments in every]
 
     def loader(self, run: Run, steps: range, view: Callable, *kinds: str) -> DataLoader:
-        """--accum batches a step: view(picture, its maps of these kinds) of random pictures."""
+        """--accum batches a step, of those left: view(picture, its maps) of random pictures."""
         batch_size, seed = run.cfg.batch_size, (run.cfg.seed, 2, steps.start)
         read = partial(self.draw, kinds=("image", *kinds))
         draws = Draws(range(len(self.names)), read, view, seed, batch_size * run.world)
-        batches = range(len(steps) * run.cfg.accum)
+        begin = max(run.first, steps.start) - steps.start  # of a stage that was resumed
+        batches = range(begin * run.cfg.accum, len(steps) * run.cfg.accum)
         return draws_loader(draws, batch_size, batches, **run.loading)
 
     def share(self, run: Run) -> range:
@@ -134,6 +136,7 @@ class Maps:
             num_workers=run.cfg.workers if batches else 0,
             pin_memory=run.loading["pin_memory"],
             generator=torch.Generator(),
+            worker_init_fn=outlive_signals,
         )
         for indices, tensors in zip(batches, loader, strict=True):
             yield indices, *(tensor.to(run.device, non_blocking=True) for tensor in tensors)

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ from common.outputs import (
 )
 from common.panels import Show, panels
 from common.predict import Picture, segment
+from common.signals import Stopped, signals
 
 
 class Result(NamedTuple):
@@ -75,21 +77,24 @@ class Result(NamedTuple):
 
 
 def main(train: Callable[[RunConfig], Result], config: type[RunConfig], recipes: dict) -> None:
-    """A script's guard: run `train` with the command line; an InputError ends it with status 2."""
+    """A script's guard: run `train` with the command line.
+
+    An InputError ends it with status 2, a signal with 128 and its number: 130 for Ctrl-C.
+    """
     rank = int(os.environ.get("RANK", 0))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console may know neither λ nor a class's name
     try:
-        train(parse_config(config, recipes, sys.argv[1:]))
+        with signals.heard():
+            train(parse_config(config, recipes, sys.argv[1:]))
     except InputError as error:
         # A loader process hands its error over inside a traceback's text: keep the message.
         message = re.split(r"\w+Error: ", str(error).strip())[-1]
         if rank == 0 or isinstance(error, LoneError):
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume continues", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:  # which has been said
+        sys.exit(128 + stop.args[0])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -189,8 +194,9 @@ class Run:
         """Decode the pictures that must be right; open the folder, or `last.pt` when resumed.
 
         model: the DeepLabV3Plus whose mean logits are evaluated and saved. state: by name,
-        everything with a state_dict that the next step depends on, equal in all processes.
-        Randomness needs no place in it: each step seeds its own.
+        everything with a state_dict that the next step depends on, equal in all processes but for
+        statistics, which are averaged before they are saved. Randomness needs no place in it: each
+        step seeds its own.
         """
         unlabeled = "unused" if getattr(self.cfg, "supervised_only", True) else self.cfg.check
         fits = partial(check_scales, self.cfg)
@@ -198,11 +204,11 @@ class Run:
         self.print(describe(data, counts))
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler
-        self.data, self.networks, self.state = data, model, state
+        self.data, self.networks, self.state, self.stage = data, model, state, {}
         self.model = model[0] if len(model) == 1 else Ensemble(model)
         self.draws, self.begins, self.clocks, self.planned = {}, {}, {}, False
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
-        self.started = time.time()
+        self.started = self.saved = time.time()
         machine.in_all_processes(self._open)
         half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.dtype)
         precision = f"{half} where it can be (--amp none: float32)" if half else "float32"
@@ -260,25 +266,85 @@ class Run:
 
     # --- the loop ---
 
-    def loop(self, steps: range | None = None) -> Iterator[int]:
-        """The steps left, or a stage's, with a bar on a terminal.
+    def passed(self, steps: range) -> bool:
+        """Whether a resumed run was through with a stage, with what follows its loop, too."""
+        return steps.stop < self.first or (steps.stop == self.first and not self.rest)
+
+    def loop(self, steps: range | None = None, **stage: Any) -> Iterator[int]:
+        """The steps left, or those left of a stage, with a bar on a terminal.
 
         With --accum N each comes N times, for as many batches; until the last, `more_to_come`.
-        Each time torch is seeded by seed, step and process.
+        Each time torch is seeded by seed, step and process. After a step comes `last.pt`, where
+        --save-every says so, where a signal stops the script, and at the end of a stage.
+
+        stage: what a stage has beside the run's state, as in `start`.
         """
-        steps = range(self.first, self.total) if steps is None else steps
+        steps = range(self.total) if steps is None else steps
+        steps = range(max(self.first, steps.start), steps.stop)
+        self.stage = stage
+        for name, part in stage.items():
+            if self.rest:
+                part.load_state_dict(self.rest.pop(name))
         on_terminal = self.rank == 0 and sys.stderr.isatty()
         self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=not on_terminal)
         accum = self.cfg.accum
         if steps and not self.planned:
             self._say_plan()
+        self.ask = steps.start, steps.start, time.time()
         with machine.tuning(self.device.type == "cuda" and not self.cfg.deterministic):
+            signals.held = True
             for step in self.bar:
                 self._say_time(step, steps)
                 for number in range(accum):
                     self.more_to_come = number + 1 < accum
                     self.seed(step * accum + number)
                     yield step
+                self._pause(step, bool(stage) and step + 1 == steps.stop)
+            signals.held = False
+        self.stage = {}
+
+    def _pause(self, step: int, stage_ends: bool) -> None:
+        """Between two steps: write `last.pt` where it is time; end where a signal came."""
+        number, late = self._wishes(step, stage_ends)
+        if not (number or late or stage_ends):
+            return
+        if self.done != step + 1:  # an evaluation saves by itself
+            self._note_broken(step)
+            self._average()
+            self.save(step)
+        if self.world == 1:
+            number = signals.number  # one may have come while it was written
+        if not number:
+            return
+        if self.rank == 0:
+            extra = ["--output-dir", str(self.folder)] * (not self.cfg.output_dir)
+            command = [*sys.argv, *extra, *["--resume"] * (not self.cfg.resume)]
+            start = "torchrun ..." if self.world > 1 else "python"
+            tqdm.write(
+                f"stopped after step {step + 1} of {self.total}, saved in "
+                f"{self.folder / 'last.pt'}; go on with: {start} {shlex.join(command)}",
+                file=sys.stderr,
+            )
+        self.barrier()  # torchrun ends the others as soon as one has ended
+        raise Stopped(number)
+
+    def _wishes(self, step: int, at_once: bool) -> tuple[int, bool]:
+        """The signal that came, or 0; whether it is time to save.
+
+        What one process has seen counts for all. They ask each other after the same steps, every
+        two seconds or so, or at once: it means to wait for the device.
+        """
+        late = 0 < self.cfg.save_every * 60 <= time.time() - self.saved
+        if self.world == 1:
+            return signals.number, late
+        last, due, since = self.ask
+        if step < due and not at_once:
+            return 0, False
+        mine = [signals.number, late, time.time() - since]
+        number, late, seconds = machine.largest(mine, self.device)
+        left = int((step + 1 - last) * 2 / max(seconds, 1e-3))
+        self.ask = step + 1, step + 1 + left, time.time()
+        return int(number), bool(late)
 
     def _say_plan(self) -> None:
         """How many steps there are, of how many pictures, and what epochs they amount to."""
@@ -348,12 +414,16 @@ class Run:
         """
         if self.due(step):
             self._note_broken(step)
-            for part in self.state.values():
-                if isinstance(part, nn.Module):
-                    self.average_buffers(part)
+            self._average()
             models = [self.model, *others.values()]
             own, *beside = self.score(Together(models), len(models))
             self.record(step, own, **dict(zip(others, beside, strict=True)))
+
+    def _average(self) -> None:
+        """Let statistics that processes kept apart be the same in all of them."""
+        for part in (self.state | self.stage).values():
+            if isinstance(part, nn.Module):
+                self.average_buffers(part)
 
     def score(self, network: nn.Module, several: int = 0) -> Tensor:
         """IoU by class (K,) on the validation pictures, whole or in --eval-window's windows.
@@ -387,6 +457,7 @@ class Run:
         means = {name: other.nanmean().item() for name, other in others.items()}
         entry = {"step": done, "miou": self.miou if scored else None, "iou": by_class, **means}
         self.history.append(entry)
+        self.done, self.saved = done, time.time()
         if self.rank:
             return
         better = self.miou > self.best
@@ -411,6 +482,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write `last.pt`, so that no step up to this one is repeated."""
+        self.done, self.saved = step + 1, time.time()
         if self.rank == 0:
             self._write_checkpoints(step + 1, ["last.pt"])
 
@@ -432,6 +504,8 @@ class Run:
     def _open(self) -> None:
         self.first, self.miou, self.best, self.kept = 0, math.nan, -1.0, ""
         self.drawn = False  # of the last evaluation
+        self.done = 0  # steps, those of the last checkpoint
+        self.rest = {}  # of a stage's state what has not been taken up
         resumed = self.cfg.resume and (self.folder / "last.pt").is_file()
         if self.world > 1:
             seen = [None] * self.world
@@ -467,13 +541,14 @@ class Run:
                     f"{now.get(name)}; resume as the run was started"
                 )
         for name, part in self.state.items():
-            part.load_state_dict(saved["state"][name])
+            part.load_state_dict(saved["state"].pop(name))
+        self.rest = saved["state"]
         self.first, self.miou, self.best = saved["step"], saved["miou"], saved["best"]
 
     def _settings(self) -> dict:
         """What a resumed run must share: its data, and all flags but those it may change."""
         free = "output_dir", "resume", "data_path", "workers", "device", "check", "deterministic"
-        settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
+        settings = {k: v for k, v in asdict(self.cfg).items() if k not in (*free, "save_every")}
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         pictures = " ".join(self.data.summary().split())
         return settings | dict(script=self.script, processes=self.world, pictures=pictures)
@@ -489,7 +564,8 @@ class Run:
             step=done,
             miou=self.miou,
         )
-        parts = {name: part.state_dict() for name, part in self.state.items()}
+        everything = self.state | self.stage
+        parts = {name: part.state_dict() for name, part in everything.items()}
         whole = model | dict(best=self.best, settings=self._settings(), state=parts)
         for name in names:
             content = plain(whole if name == "last.pt" else model)

@@ -181,6 +181,7 @@ SEEN_ELSEWHERE = {  # what a flag changes that no short run shows
     "check": "tests/test_run.py",
     "ohem": "tests/test_losses_optim.py; refused on small crops",
     "workers": "the same batches",
+    "save_every": "tests/test_faults.py",
     "device": "the same result",
     "output_dir": "the same result",
     "resume": "the same result",

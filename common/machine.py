@@ -3,6 +3,8 @@
 import ctypes
 import inspect
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.flags import InputError
+from common.flags import InputError, LoneError
 
 
 def find_device(name: str) -> torch.device:
@@ -93,6 +95,27 @@ def keep_memory() -> None:
         malloc = ctypes.CDLL(None).mallopt
         malloc(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         malloc(-3, 2**25)  # M_MMAP_THRESHOLD
+
+
+@contextmanager
+def shortages() -> Iterator[None]:
+    """Raise LoneError, which says what to lower, where memory or a loader process was lost."""
+    try:
+        yield
+    except (EOFError, MemoryError, OSError, RuntimeError) as error:
+        if hasattr(signal, "SIGCHLD"):  # where torch raises for a lost loader process: once more
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        text = str(error)
+        less = "lower --batch-size, with a larger --accum, or --crop-size"
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
+            problem = f"the GPU's memory does not suffice; {less}"
+        elif isinstance(error, MemoryError) or re.search("(?i)can(no|')t allocate memory", text):
+            problem = f"memory does not suffice; {less}, or --workers"
+        elif isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in text:
+            problem = "a loader process was lost, mostly for want of memory; lower --workers"
+        else:
+            raise
+        raise LoneError(f"{problem}; --resume goes on after what was saved") from error
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:

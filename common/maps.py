@@ -18,6 +18,7 @@ from common.flags import InputError, LoneError
 from common.layouts import GREY, PALETTE, Data
 from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
+from common.outputs import explained
 from common.panels import CELL, MARK, colorize, picture_name, sheet
 from common.run import Run
 from common.signals import outlive_signals
@@ -56,8 +57,11 @@ class Maps:
     def write(self, kind: str, index: int, value: Tensor) -> None:
         """Replace a picture's map of a kind: int64 labels (H, W) or probabilities (C, h, w)."""
         path = self.folder / kind / self.names[index]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        value = value.cpu()
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(path, index, value.cpu())
+
+    def _write(self, path: Path, index: int, value: Tensor) -> None:
         if value.is_floating_point():
             np.save(f"{path}.npy", value[self.possible[index]].to(torch.float16).numpy())
             return

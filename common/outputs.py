@@ -1,14 +1,16 @@
 """A run's folder: which one it is, and files in it that are whole or not there."""
 
+import errno
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.flags import InputError, RunConfig, SemiConfig
+from common.flags import InputError, LoneError, RunConfig, SemiConfig
 
 
 def choose_folder(script: str, cfg: RunConfig) -> Path:
@@ -62,6 +64,9 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt"))
 
 
+WHOLE = ("config.json", "log.jsonl", "last.pt", "best.pt", "iou.txt", "panels.png", "curves.png")
+
+
 def open_folder(folder: Path, log: list[dict], settings: dict | None, again: bool) -> str:
     """Make the folder, with `log.jsonl` of these lines, and `config.json` of a run that begins.
 
@@ -71,6 +76,8 @@ def open_folder(folder: Path, log: list[dict], settings: dict | None, again: boo
     path, kept = folder / "log.jsonl", ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in WHOLE:  # of a run that was killed as it wrote
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
         if settings is not None:
             if not again:  # two runs that start at once must not share a folder
                 (folder / "config.json").open("x").close()
@@ -98,9 +105,24 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def complete_log(path: Path, entry: dict) -> None:
-    """Add an evaluation to a log: to the line that has the losses of its step, or as a line."""
-    lines = read_log(path)
+def add_lines(path: Path, lines: list[dict]) -> None:
+    """Add lines to a log: all of them, or it stays as it was."""
+    with explained(path), open(path, "ab", buffering=0) as file:
+        size, text = file.tell(), log_text(lines).encode()
+        try:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def complete_log(path: Path, lines: list[dict]) -> None:
+    """Add lines to a log, of which the last one is an evaluation.
+
+    That is added to the line which has the losses of its step.
+    """
+    lines, entry = read_log(path) + lines[:-1], lines[-1]
     same = [n for n, line in enumerate(lines) if line["step"] == entry["step"]]
     losses = [n for n in same if "stage" not in lines[n]]
     if losses:
@@ -143,15 +165,37 @@ def iou_columns(ious: dict[str, float | None], width: int = 96) -> str:
 def replace_file(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file under a temporary name and rename it, so that no half-written one remains."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with explained(path):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:
     replace_file(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise LoneError, which names folder, file and cause, where a disk does not take a file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch raises the second over the first
+        cause = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise LoneError(
+            f"{path.parent}: {path.name} cannot be written ({cause.strerror or cause}); an earlier "
+            "one is kept"
+        ) from error
 
 
 def plain(value: Any) -> Any:

@@ -36,12 +36,12 @@ from common.flags import (
 from common.layouts import shortened
 from common.metrics import evaluate, evaluating, iou
 from common.outputs import (
+    add_lines,
     choose_folder,
     complete_log,
     evaluation,
     iou_columns,
     iou_table,
-    log_text,
     open_folder,
     plain,
     read_log,
@@ -52,7 +52,7 @@ from common.outputs import (
 )
 from common.panels import Show, panels
 from common.predict import Picture, segment
-from common.signals import Stopped, signals
+from common.signals import Stopped, outlive_reader, signals
 
 
 class Result(NamedTuple):
@@ -84,8 +84,9 @@ def main(train: Callable[[RunConfig], Result], config: type[RunConfig], recipes:
     rank = int(os.environ.get("RANK", 0))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console may know neither λ nor a class's name
+        outlive_reader(stream)
     try:
-        with signals.heard():
+        with signals.heard(), machine.shortages():
             train(parse_config(config, recipes, sys.argv[1:]))
     except InputError as error:
         # A loader process hands its error over inside a traceback's text: keep the message.
@@ -463,9 +464,7 @@ class Run:
         better = self.miou > self.best
         self.best = self.miou if better else self.best
         # First: a log line too many is cut when the run is resumed.
-        complete_log(self.folder / "log.jsonl", entry | self._clock())
-        if scored:
-            replace_text(self.folder / "iou.txt", iou_table(by_class, self.miou))
+        self._write_log(entry, complete_log)
         self._write_checkpoints(done, ["best.pt"] * better + ["last.pt"])
         self._draw()
         shown = "".join(f"  {name} {100 * value:.2f}" for name, value in means.items())
@@ -504,6 +503,7 @@ class Run:
     def _open(self) -> None:
         self.first, self.miou, self.best, self.kept = 0, math.nan, -1.0, ""
         self.drawn = False  # of the last evaluation
+        self.waiting = []  # lines that could not be written to the log
         self.done = 0  # steps, those of the last checkpoint
         self.rest = {}  # of a stage's state what has not been taken up
         resumed = self.cfg.resume and (self.folder / "last.pt").is_file()
@@ -572,8 +572,11 @@ class Run:
             replace_file(self.folder / name, partial(torch.save, content))
 
     def _draw(self, draw: Callable[[Path], None] | None = None) -> None:
-        """Write `panels.png`, of validation pictures or as `draw` does, and `curves.png`."""
+        """Write `panels.png`, of validation pictures or as `draw` does, `iou.txt`, `curves.png`."""
         path = self.folder / "panels.png"
+        if not math.isnan(self.miou):
+            table = iou_table(self.history[-1]["iou"], self.miou)
+            replace_text(self.folder / "iou.txt", table)
         if draw is not None:
             draw(path)
         elif self.data.val:
@@ -619,13 +622,19 @@ class Run:
         if self.rank == 0:
             print(text, flush=True)
 
-    def _write_log(self, entry: dict) -> None:
-        text = log_text([entry | self._clock()])
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(text)
+    def _write_log(self, entry: dict, write: Callable = add_lines) -> None:
+        """Add a line to the log; what cannot be written waits for the next one.
 
-    def _clock(self) -> dict[str, float]:
-        return {"seconds": round(time.time() - self.started, 1)}
+        That is no reason to stop: the next checkpoint may fit.
+        """
+        waiting = bool(self.waiting)
+        self.waiting.append(entry | {"seconds": round(time.time() - self.started, 1)})
+        try:
+            write(self.folder / "log.jsonl", self.waiting)
+            self.waiting = []
+        except InputError as error:
+            if not waiting:
+                tqdm.write(f"{error}", file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

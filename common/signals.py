@@ -6,10 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 # Ctrl-C, `kill`, the end of a terminal, Slurm's warning; Windows lacks some.
 STOPPING = [
@@ -68,6 +69,21 @@ class Signals:
 
 
 signals = Signals()
+
+
+def outlive_reader(stream: TextIO) -> None:
+    """Drop what is printed from when nothing takes it: a pipe whose reader ended, a full disk."""
+
+    def forgiving(method: Callable) -> Callable:
+        def call(*args: str) -> int | None:
+            try:
+                return method(*args)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return call
+
+    stream.write, stream.flush = forgiving(stream.write), forgiving(stream.flush)
 
 
 def outlive_signals(worker: int) -> None:

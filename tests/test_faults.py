@@ -1,9 +1,12 @@
 """Faults injected for real: signals, kills, full disks, lost processes; nothing is lost."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,11 +15,13 @@ import threading
 import time
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
-from few_shapes import TINY
+from few_shapes import ROOT, TINY
 
 import cps
+import ial
 from common.run import Run, main
 
 LONG = {  # by script: runs of some 24 steps that are evaluated once, by TINY's flags
@@ -37,15 +42,14 @@ def argv(name, folder, **flags):
 
 
 def begin(name, folder, *words, rank=0, world=1, port=0, **flags):
-    """A script as a program of its own, forked: what it prints is in files beside the folder."""
+    """A script as a program of its own, forked."""
     script = import_module(name)
+    reads, writes = os.pipe()
 
     def program():
         os.setpgrp()  # a group of its own, as a terminal gives
-        for number, kind in ((1, "out"), (2, "err")):
-            os.dup2(
-                os.open(f"{folder}.{kind}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number
-            )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(writes, 2)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
         if world > 1:
             where = dict(RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -55,18 +59,18 @@ def begin(name, folder, *words, rank=0, world=1, port=0, **flags):
 
     process = multiprocessing.get_context("fork").Process(target=program)
     process.start()
+    os.close(writes)
+    process.errors = os.fdopen(reads)
     return process
 
 
 def end(process, status=0):
+    """What a program said on stderr, but for the losses; it has to end with the status."""
     process.join(60)
-    assert process.exitcode == status
-
-
-def said(folder, rank=0):
-    """What a program printed on stderr, but for the losses."""
-    with open(f"{folder}.err{rank}") as file:
-        return "".join(line for line in file if not line.startswith("step "))
+    with process.errors as errors:
+        said = "".join(line for line in errors if not line.startswith("step "))
+    assert process.exitcode == status, said
+    return said
 
 
 def saved(folder):
@@ -86,15 +90,14 @@ def same(folder, whole):
 
 @pytest.fixture
 def midway(few, light, monkeypatch):
-    """midway(n, work): from now on a program that begins does some work in its n-th pass."""
+    """midway({n: work}): programs that begin from now on do this work in their n-th pass."""
     autocast = Run.autocast
 
-    def plan(call=0, work=None):
-        calls = iter(range(1, call + 1))
+    def plan(works):
+        calls = itertools.count(1)
 
         def enter(run):
-            if next(calls, None) == call:
-                work(run)
+            works.get(next(calls), lambda run: None)(run)
             return autocast(run)
 
         monkeypatch.setattr(Run, "autocast", enter)
@@ -119,23 +122,22 @@ def test_stopped_and_killed_anywhere_a_run_goes_on_exactly(name, midway, tmp_pat
     end(begin(name, whole))
     done = 0
     for number, status in random.sample(list(STATUS.items()), 2):
-        midway(random.randint(2, 8), send(number))
+        midway({random.randint(2, 8): send(number)})
         end(begin(name, cut, "--resume"), status)
         before, done = done, saved(cut)["step"]
         assert done == logged(cut)[-1]["step"] >= before
-    midway(random.randint(2, 8), send(signal.SIGKILL))
+    midway({random.randint(2, 8): send(signal.SIGKILL)})
     end(begin(name, cut, "--resume", save_every=1e-9), -9)
     assert saved(cut)["step"] >= done
-    midway()
+    midway({})
     end(begin(name, cut, "--resume"))
     same(cut, whole)
 
 
 def test_a_signal_says_where_the_run_is_and_how_to_go_on(midway, tmp_path, monkeypatch):
-    midway(5, send(signal.SIGTERM))
+    midway({5: send(signal.SIGTERM)})
     folder = tmp_path / "run"
-    end(begin("cps", folder), 143)
-    first, second = said(folder).splitlines()
+    first, second = end(begin("cps", folder), 143).splitlines()
     assert first == "cps.py: interrupted: finishes the step and saves; another signal ends at once"
     assert second.startswith(f"stopped after step 5 of 24, saved in {folder}/last.pt; go on with: ")
     assert second.endswith(f"python cps.py {' '.join(argv('cps', folder))} --resume")
@@ -143,10 +145,8 @@ def test_a_signal_says_where_the_run_is_and_how_to_go_on(midway, tmp_path, monke
 
 def test_before_the_first_step_a_signal_ends_at_once(few, light, monkeypatch, tmp_path):
     monkeypatch.setattr(Run, "batches", lambda run, *_, **__: os.kill(os.getpid(), signal.SIGINT))
-    end(begin("cps", tmp_path / "run"), 130)
-    assert said(tmp_path / "run") == (
-        "cps.py: interrupted; the same command with --resume continues\n"
-    )
+    said = end(begin("cps", tmp_path / "run"), 130)
+    assert said == "cps.py: interrupted; the same command with --resume continues\n"
     assert not (tmp_path / "run/last.pt").exists()
 
 
@@ -158,7 +158,7 @@ def test_a_second_signal_ends_at_once(midway, tmp_path):
         time.sleep(1.1)
         send(signal.SIGINT)(run)
 
-    midway(3, twice)
+    midway({3: twice})
     end(begin("cps", tmp_path / "run"), 130)
     assert not (tmp_path / "run/last.pt").exists()
 
@@ -170,7 +170,7 @@ def test_a_signal_to_loader_processes_too_lets_them_give_the_steps_batch(number,
         subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"])
         time.sleep(0.1)
 
-    midway(3, everywhere)
+    midway({3: everywhere})
     end(begin("cps", tmp_path / "run", workers=1), STATUS[number])
     assert saved(tmp_path / "run")["step"] == 3
 
@@ -180,28 +180,26 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(midway, tmp_path)
         if run.rank == 1:
             send(signal.SIGUSR1)(run)
 
-    midway(3, at_one)
+    midway({3: at_one})
     folder = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     both = [begin("cps", folder, rank=r, world=2, port=port, iters=9999) for r in (0, 1)]
-    for process in both:
-        end(process, STATUS[signal.SIGUSR1])
+    first, second = (end(process, STATUS[signal.SIGUSR1]) for process in both)
     step = saved(folder)["step"]
-    assert step < 9999 and f"stopped after step {step} of 9999" in said(folder)
-    assert "stopped" not in said(folder, rank=1)
+    assert step < 9999 and f"stopped after step {step} of 9999" in first and second == ""
 
 
 def test_a_notebook_is_interrupted_at_once_and_keeps_its_handlers(midway, tmp_path):
     before = [signal.getsignal(number) for number in STATUS]
-    midway(3, send(signal.SIGINT))
+    midway({3: send(signal.SIGINT)})
     flags = TINY["cps"] | dict(output_dir=str(tmp_path / "run"))
     with pytest.raises(KeyboardInterrupt) as caught:
         cps.train(cps.Config(**flags))
     assert caught.type is KeyboardInterrupt
 
     sys_argv, sys.argv = sys.argv, ["cps.py", *argv("cps", tmp_path / "again", iters=2)]
-    midway()
+    midway({})
     main(cps.train, cps.Config, cps.RECIPES)
     thread = threading.Thread(target=main, args=(cps.train, cps.Config, cps.RECIPES))
     sys.argv = ["cps.py", *argv("cps", tmp_path / "thread", iters=2)]
@@ -210,3 +208,116 @@ def test_a_notebook_is_interrupted_at_once_and_keeps_its_handlers(midway, tmp_pa
     sys.argv = sys_argv
     assert (tmp_path / "thread/last.pt").exists()
     assert [signal.getsignal(number) for number in STATUS] == before
+
+
+# --- disks ---
+
+
+def limit(size):
+    """Work after which this process writes no file beyond a size: its disk is full."""
+    return lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_is_whole(share, midway, tmp_path):
+    """However much of the next one it takes. A line of the log does not end the run before that."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = dict(iters=4, eval_every=2)
+    end(begin("cps", whole, **flags))
+    midway({5: limit(int(share * (whole / "last.pt").stat().st_size))})  # in the third step
+    *first, last = end(begin("cps", cut, **flags), 2).splitlines()
+    problem = "{}: {} cannot be written (File too large); an earlier one is kept"
+    assert last.replace("best", "last") == f"cps.py: {problem.format(cut, 'last.pt')}"
+    assert first == [problem.format(cut, "log.jsonl")] * (share == 0)
+    assert saved(cut)["step"] == 2 and names(cut) == names(whole)
+    midway({})
+    end(begin("cps", cut, "--resume", **flags))
+    same(cut, whole)
+
+
+def test_a_log_that_cannot_be_written_waits_until_it_can(midway, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    end(begin("cps", whole))
+
+    def away(run):
+        (run.folder / "log.jsonl").rename(run.folder / "log")
+        (run.folder / "log.jsonl").mkdir()
+
+    def back(run):
+        (run.folder / "log.jsonl").rmdir()
+        (run.folder / "log").rename(run.folder / "log.jsonl")
+
+    midway({5: away, 9: back})
+    said = end(begin("cps", cut))
+    assert said.count("\n") == 1 and "log.jsonl cannot be written (Is a directory)" in said
+    same(cut, whole)
+
+
+def test_what_a_kill_left_half_written_goes(midway, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    end(begin("cps", whole))
+
+    def kill_in_a_write(run):
+        run.cfg.save_every = 1e-9
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+
+    midway({1: lambda run: setattr(run.cfg, "save_every", 1e-9), 4: kill_in_a_write})
+    end(begin("cps", cut), -9)
+    assert saved(cut)["step"] == 3 and "last.pt.tmp" in names(cut)
+    midway({})
+    end(begin("cps", cut, "--resume"))
+    assert names(cut) == names(whole)
+    same(cut, whole)
+
+
+def test_a_map_that_cannot_be_written_is_named(midway, tmp_path, monkeypatch):
+    find = ial.find_superpixels
+
+    def on_a_full_disk(run, cfg, maps):
+        limit(50)(run)
+        find(run, cfg, maps)
+
+    monkeypatch.setattr(ial, "find_superpixels", on_a_full_disk)
+    said = end(begin("ial", tmp_path / "run"), 2)
+    assert f"{tmp_path}/run/maps/superpixels/train: 000 cannot be written (File too" in said
+    assert said.count("\n") == 1
+
+
+# --- memory, loader processes, pipes ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_lost_loader_process_is_named(number, midway, tmp_path):
+    midway({3: lambda run: os.kill(multiprocessing.active_children()[0].pid, number)})
+    said = end(begin("cps", tmp_path / "run", "--supervised-only", workers=1), 2)
+    line = "cps.py: a loader process was lost, mostly for want of memory; lower --workers; --resume"
+    assert line in said and "Traceback" not in said
+
+
+def out_of_gpu_memory(size):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 PiB.\nMore of it.")
+
+
+@pytest.mark.parametrize(
+    "allocate, start",
+    [(torch.empty, "memory"), (np.empty, "memory"), (out_of_gpu_memory, "the GPU's memory")],
+)
+def test_where_memory_does_not_suffice_it_says_what_to_lower(allocate, start, midway, tmp_path):
+    midway({2: lambda run: allocate(2**50)})
+    said = end(begin("cps", tmp_path / "run"), 2)
+    assert said.startswith(f"cps.py: {start} does not suffice; lower --batch-size, ")
+    assert said.count("\n") == 1
+
+
+def test_a_closed_pipe_ends_nothing(tmp_path):
+    words = shlex.join([*argv("cps", tmp_path / "run", iters=2)])
+    pipe = f"{sys.executable} {ROOT}/tests/few_shapes.py cps {words} | head -1"
+    where = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], **where)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert all(line.startswith("step ") for line in done.stderr.splitlines())
+    assert saved(tmp_path / "run")["step"] == 2

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from few_shapes import SEMI, SMALL, finish, start
+from few_shapes import SEMI, SMALL
 from few_shapes import TINY as TINY_OF
 from torch import nn
 
@@ -425,9 +425,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
     path = tmp_path / "file"
     replace_text(path, "old")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=": file cannot be written .disk full.; an earlier one"):
         replace_file(path, broken)
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     replace_text(path, "new")
     assert path.read_text() == "new"
 
@@ -614,25 +614,6 @@ def test_resume_without_a_checkpoint_starts_afresh(few, light, tmp_path, capsys)
     train(tmp_path, iters=2, resume=True)
     assert (tmp_path / "log.old2.jsonl").read_text() == second
     assert json.loads((tmp_path / "config.json").read_text())["iters"] == 2
-
-
-def test_killed_at_three_steps_and_resumed_the_checkpoint_is_bit_equal(few, light, tmp_path):
-    """SIGKILL between checkpoints: the steps after the last one are taken again, exactly."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(whole)
-    for stop in (3, 4, 7):
-        process = start("cps", *flags, "--output-dir", cut, "--resume")
-        log = cut / "log.jsonl"
-        line = f'"step": {stop}, "loss_sup"'
-        while process.poll() is None and not (log.exists() and line in log.read_text()):
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    finish(start("cps", *flags, "--output-dir", cut, "--resume"))
-    for name in ("last.pt", "best.pt", "iou.txt", "panels.png", "curves.png"):
-        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
-    assert logged(cut) == logged(whole)
 
 
 # --- several processes ---

@@ -262,7 +262,7 @@ def test_two_processes_with_synchronised_batchnorm_learn_as_one_does(pairs, monk
     first, second = both(pairs, "steps")
     assert_same(first, second)
     assert first["kinds"] == ["SyncBatchNorm"]
-    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert first["losses"] == pytest.approx(alone["losses"], rel=2e-4)
     for key, value in alone["weights"].items():
         torch.testing.assert_close(first["weights"][key], value, rtol=1e-2, atol=1e-3)
 

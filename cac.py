@@ -284,7 +284,9 @@ class Bank:
         The bank remembers this batch's. All are constants, without a gradient.
         """
         current = features.detach(), labels
-        everything = [*self.past, current]
+        # Those of a checkpoint are on the CPU.
+        past = [tuple(part.to(labels.device) for part in entry) for entry in self.past]
+        everything = [*past, current]
         self.past.append(current)
         return tuple(torch.cat(parts) for parts in zip(*everything, strict=True))
 

@@ -5,6 +5,9 @@ import inspect
 import os
 import re
 import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
@@ -34,8 +37,16 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: no Metal device here; use --device cpu")
     if device.type == "cuda":
         count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if processes > count:
+        # A launcher may show each process one GPU, its own, which is cuda:0 there.
+        shown = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        index = 0 if shown else int(os.environ.get("LOCAL_RANK", 0))
+        index = index if device.index is None else device.index
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" not in os.environ:
+            raise InputError(
+                "RANK without LOCAL_RANK: every process would take cuda:0; start with torchrun, or "
+                "set LOCAL_RANK to the process's number on its machine"
+            )
+        if processes > count and not shown:
             raise InputError(f"--device {name}: start at most {count} processes, one a GPU")
         if processes > 1 and device.index is not None:
             raise InputError(f"--device {name}: every process takes a GPU of its own; use cuda")
@@ -121,8 +132,38 @@ def shortages() -> Iterator[None]:
 def join_processes(device: torch.device) -> tuple[int, int]:
     """This process's rank and the number of processes, whose group is made where there are many."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        how = dict(backend="nccl", device_id=device) if nccl else dict(backend="gloo")
+        try:
+            dist.init_process_group(**how)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LoneError(f"RANK, WORLD_SIZE: the processes do not meet: {reason}") from error
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def part_processes(error: BaseException | None) -> None:
+    """Leave the process group; after an error, which is printed, end this process at once.
+
+    The others may wait for it in a collective, and `destroy_process_group` would wait with them.
+    torchrun ends them when one has ended.
+    """
+    if not dist.is_initialized():
+        return
+    if error is None:
+        dist.destroy_process_group()
+        return
+    # Where another process ended, that one says why, or torchrun does.
+    lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    if not (lost or isinstance(error, SystemExit)):  # whose message is printed already
+        traceback.print_exception(error)
+    sys.stdout.flush(), sys.stderr.flush()
+    if lost or dist.get_rank():
+        time.sleep(2)  # until the one that had something to say has said it
+    if lost:
+        reason = str(error).strip().splitlines()[0]
+        print(f"another process was lost: {reason}", file=sys.stderr, flush=True)
+    os._exit(getattr(error, "code", 1))
 
 
 def in_all_processes(work: Callable[[], Any]) -> Any:

@@ -97,8 +97,7 @@ def main(train: Callable[[RunConfig], Result], config: type[RunConfig], recipes:
     except Stopped as stop:  # which has been said
         sys.exit(128 + stop.args[0])
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        machine.part_processes(sys.exc_info()[1])
 
 
 class Run:
@@ -526,7 +525,8 @@ class Run:
     def _load(self) -> None:
         path = self.folder / "last.pt"
         try:
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            # Not to the device, whose memory the run needs; each part moves what it takes.
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             settings = saved["settings"]
         except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
             kind = type(error).__name__

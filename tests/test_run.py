@@ -509,6 +509,17 @@ def test_resume_refuses_other_flags_and_broken_checkpoints(few, light, tmp_path,
     assert "last.pt" in resume()
 
 
+def test_a_checkpoint_is_read_to_the_cpu(few, light, tmp_path, monkeypatch):
+    """On a GPU it would take the memory that the run needs."""
+    train(tmp_path, iters=1)
+    read, places = torch.load, []
+    monkeypatch.setattr(
+        torch, "load", lambda path, **how: places.append(how["map_location"]) or read(path, **how)
+    )
+    train(tmp_path, iters=1, resume=True)
+    assert places == ["cpu"]
+
+
 def test_resuming_a_finished_run_gives_its_result(few, light, tmp_path):
     first = train(tmp_path, iters=2)
     again = train(tmp_path, iters=2, resume=True, workers=1, device="auto")

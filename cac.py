@@ -44,9 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms import v2
 
-from common.augment import mean_pad, normalise, train_view
+from common.augment import mean_pad, normalise, to_float, train_view
 from common.deeplab import DeepLabV3Plus
 from common.flags import (
     Count,
@@ -365,7 +364,9 @@ def counterparts(
     return (match.flip(-1) if flipped1 else match).flatten()
 
 
-def jitter(strength: float = 1.0) -> v2.ColorJitter:
+def jitter(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2  # here, for it takes a second
+
     return v2.ColorJitter(*(strength * limit for limit in (0.4, 0.4, 0.4, 0.1)))
 
 
@@ -374,6 +375,8 @@ def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
 
     strength in [0, 1] scales the jitter's ranges and the probabilities of blur and grayscale.
     """
+    from torchvision.transforms import v2
+
     blur = v2.GaussianBlur(5, (1.1, 1.1))
     return v2.Compose(
         [
@@ -423,12 +426,12 @@ def pair_view(
     # Δ C: resized bilinearly without antialiasing, as labelled crops are; there, bicubically.
     scale = draw_scale(image, base_size, scales)
     height, width = (max(round(scale * side), 1) for side in image.shape[-2:])
-    image = v2.functional.resize(image, [height, width], antialias=False)
+    image = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
     *boxes, common1, common2 = overlapping_crops(height, width, crop, min_iou)
     padding = 0, max(crop - width, 0), 0, max(crop - height, 0)
     views, flipped = [], []
     for top, left, bottom, right in boxes:
-        view = v2.functional.to_dtype(image[:, top:bottom, left:right], torch.float32, scale=True)
+        view = to_float(image[:, top:bottom, left:right])
         view = mean_pad(view, padding) if any(padding) else view
         flipped.append(bool(torch.rand(()) < 0.5))
         view = view.flip(-1) if flipped[-1] else view
@@ -494,7 +497,7 @@ def train(cfg: Config) -> Result:
     run.start(data, [network], **state)
 
     size = dict(crop=cfg.crop_size, base_size=cfg.base_size)
-    change_l, change_u = jitter() if cfg.jitter else v2.Identity(), photometry(cfg.strength)
+    change_l, change_u = jitter() if cfg.jitter else nn.Identity(), photometry(cfg.strength)
     view_l = partial(labeled_view, **size, scales=cfg.scales, change=change_l)
     view_u = partial(pair_view, **size, scales=cfg.pair_scales, change=change_u)
     if not cfg.context:  # only a box on top of the first has this: after all tries it is taken

@@ -50,10 +50,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
-from torchvision.ops import Conv2dNormActivation as ConvBNReLU
 
 from common.augment import normalise, random_flip, train_view
-from common.deeplab import DeepLabV3Plus, dilated_resnet
+from common.deeplab import ConvBNReLU, DeepLabV3Plus, dilated_resnet
 from common.flags import (
     Batch,
     Count,

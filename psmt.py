@@ -45,7 +45,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import RandomResizedCrop
 
 from common.augment import cutmix_masks, mix, photometry, train_view
 from common.deeplab import DeepLabV3Plus, Ensemble
@@ -299,6 +298,8 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
     all. In: a window of 0.1 to 0.3 of the area. Out: 0.3 to 0.5 of the sides, amid padding.
     Pictures are resized bilinearly, targets to the nearest pixel.
     """
+    from torchvision.transforms import RandomResizedCrop  # here, for it takes a second
+
     # Δ C: never run for DeepLabv3+ there, and for PSPNet it zooms the target but not the picture.
     # This is what notes say of P, with C's numbers.
     draw, (height, width) = float(torch.rand(())), valid.shape[1:]

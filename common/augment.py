@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 from common.losses import VOID
 
@@ -29,6 +28,8 @@ def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
     The numbers are those of PS-MT's released code. strength in [0, 1] scales the jitter's ranges
     and the probabilities of grayscale and blur.
     """
+    from torchvision.transforms import v2  # here, for it takes a second
+
     jitter = v2.ColorJitter(*(strength * limit for limit in (0.5, 0.5, 0.5, 0.25)))
     # A kernel of 1, 3 or 5 pixels, of which the first does not blur.
     blurs = [v2.Identity(), v2.GaussianBlur(3, (0.1, 2.0)), v2.GaussianBlur(5, (0.1, 2.0))]
@@ -42,9 +43,14 @@ def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
     )
 
 
+def to_float(image: Tensor) -> Tensor:
+    """A picture, uint8 or float in [0, 1], as float32."""
+    return image.float().mul_(1 / 255) if image.dtype == torch.uint8 else image.float()
+
+
 def whole_view(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """The whole picture (3, H, W), normalised, and its label (H, W): what evaluation sees."""
-    return normalise(v2.functional.to_dtype(image, torch.float32, scale=True)), label.long()
+    return normalise(to_float(image)), label.long()
 
 
 def train_view(
@@ -100,7 +106,7 @@ def random_crop(
         # "nearest-exact" samples at pixel centres, as the bilinear picture does; "nearest" would
         # shift the label by up to half a pixel.
         label = F.interpolate(label[None, None].byte(), (out_h, out_w), mode="nearest-exact")[0, 0]
-    image = v2.functional.to_dtype(image, torch.float32, scale=True)
+    image = to_float(image)
 
     above, before = (crop - out_h) // 2, (crop - out_w) // 2
     padding = (before, crop - out_w - before, above, crop - out_h - above)

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation as ConvBNReLU
 
 from common.flags import InputError
 
@@ -111,6 +109,15 @@ class DeepLabV3Plus(nn.Module):
         return self.classify(self.decode(encoded), images.shape[-2:])
 
 
+class ConvBNReLU(nn.Sequential):
+    """A convolution that keeps a map's size, but for the stride; BatchNorm; ReLU."""
+
+    def __init__(self, channels: int, width: int, side: int, stride: int = 1, dilation: int = 1):
+        padding = (side - 1) // 2 * dilation
+        conv = nn.Conv2d(channels, width, side, stride, padding, dilation, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
+
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: 1x1, 3x3 at rates 6, 12, 18, and the picture's mean."""
 
@@ -189,7 +196,9 @@ def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
     """
     if backbone not in BACKBONES:
         raise InputError(f"--backbone {backbone}: unknown; choose one of {', '.join(BACKBONES)}")
-    resnet = torchvision.models.get_model(backbone, weights=None)
+    from torchvision.models import get_model  # here, for it takes a second
+
+    resnet = get_model(backbone, weights=None)
     resnet.fc = nn.Identity()
     if weights not in (None, "none"):
         load_backbone(resnet, backbone, weights)
@@ -205,7 +214,9 @@ def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
 
 def load_backbone(resnet: nn.Module, backbone: str, weights: str) -> None:
     """Fill a torchvision ResNet from an enum name or a file; all of it or an InputError."""
-    enum = torchvision.models.get_model_weights(backbone)
+    from torchvision.models import get_model_weights
+
+    enum = get_model_weights(backbone)
     weights = os.path.expanduser(weights)
     if weights in enum.__members__:
         try:

@@ -514,6 +514,20 @@ assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(
     assert interpreter(code, tmp_path) == "" and list(tmp_path.iterdir()) == []
 
 
+def test_help_does_not_wait_for_torchvision(tmp_path):
+    """It imports PyTorch's compiler, and takes as long as PyTorch itself."""
+    code = f"""
+import contextlib, runpy, sys
+for script in {[str(ROOT / f"{name}.py") for name in TINY]}:
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+print(*{{"torch", "torchvision", "torch._dynamo"}} & set(sys.modules))
+"""
+    said = interpreter(code, tmp_path)
+    assert said.count("--output-dir") >= len(TINY) and said.splitlines()[-1] == "torch"
+
+
 def test_a_loss_is_imported_without_pictures_or_flags(tmp_path):
     code = "import sys, torch; bare = set(sys.modules); import common.losses; "
     new = interpreter(code + "print(*sorted(set(sys.modules) - bare))", tmp_path).split()

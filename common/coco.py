@@ -18,8 +18,8 @@ from uuid import uuid4
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
+from common.bars import tqdm
 from common.flags import InputError
 from common.losses import VOID
 from common.machine import in_all_processes
@@ -105,7 +105,7 @@ def _make_masks(root: Path, split: str, names: list[str], write: Callable) -> li
     if first and left:
         print(f"{folder}: {len(left)} masks are drawn, once", file=sys.stderr)
     random.Random().shuffle(left)  # in each process an order of its own
-    hidden = not first or not sys.stderr.isatty()
+    hidden = not first or None
     with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(draw_one, left), "drawing masks", len(left), disable=hidden):
             pass

@@ -7,7 +7,6 @@ unlabelled, validation. There are `shapes` (drawn, no files), `folder`, `voc`, `
 
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from common.bars import tqdm
 from common.flags import InputError, LoneError
 from common.layouts import (
     BAD,
@@ -312,8 +311,7 @@ def check(
         totals = np.zeros((2, classes + 1), np.int64)
         # Decoding releases the interpreter's lock, so that threads suffice.
         with ThreadPoolExecutor() as pool:
-            hidden = rank > 0 or not sys.stderr.isatty()
-            count = len(pairs) + len(images)
+            count, hidden = len(pairs) + len(images), rank > 0 or None
             with tqdm(None, "checking pictures", count, leave=False, disable=hidden) as bar:
                 for pair, counts in zip(pairs, pool.map(check_pair, pairs), strict=True):
                     totals[[pair in split for split in splits]] += counts

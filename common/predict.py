@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import machine
 from common.augment import IMAGENET
+from common.bars import tqdm
 from common.data import check, val_loader
 from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble
 from common.flags import InputError, Parser
@@ -160,7 +160,7 @@ def _windows(model: Segmenter, side: int | None) -> tuple[int, int] | None:
 def predict(model: Segmenter, options: argparse.Namespace) -> int:
     """Write the masks of all pictures; return how many pictures had to be skipped."""
     pictures, skipped, started = find(options.pictures, options.output), 0, time.time()
-    for name, path in tqdm(pictures.items(), "predicting", disable=not sys.stderr.isatty()):
+    for name, path in tqdm(pictures.items(), "predicting", disable=None):
         try:
             picture = read_image(str(path))
             mask = segment(model, picture, options.window, options.amp)

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from common import curves, machine
 from common.augment import IMAGENET, whole_view
+from common.bars import tqdm
 from common.data import Data, View, check, describe, load, training_loader, val_loader
 from common.deeplab import Ensemble, Together
 from common.flags import (
@@ -271,7 +271,7 @@ class Run:
         return steps.stop < self.first or (steps.stop == self.first and not self.rest)
 
     def loop(self, steps: range | None = None, **stage: Any) -> Iterator[int]:
-        """The steps left, or those left of a stage, with a bar on a terminal.
+        """The steps left, or those left of a stage, with a bar on a terminal or in a notebook.
 
         With --accum N each comes N times, for as many batches; until the last, `more_to_come`.
         Each time torch is seeded by seed, step and process. After a step comes `last.pt`, where
@@ -285,9 +285,8 @@ class Run:
         for name, part in stage.items():
             if self.rest:
                 part.load_state_dict(self.rest.pop(name))
-        on_terminal = self.rank == 0 and sys.stderr.isatty()
-        self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=not on_terminal)
-        accum = self.cfg.accum
+        hidden, accum = self.rank > 0 or None, self.cfg.accum
+        self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=hidden)
         if steps and not self.planned:
             self._say_plan()
         self.ask = steps.start, steps.start, time.time()

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from common.bars import tqdm
 from common.flags import InputError
 from common.layouts import VOC_CLASSES, VOID, read_lines, read_mask, voc_root, write_mask
 
@@ -43,7 +43,7 @@ def convert(sbd: Path, voc: Path, load: Callable[[str], dict]) -> Path:
     work = folder if folder.is_dir() else work
     try:
         work.mkdir(exist_ok=True)
-        for name, path in tqdm(sources.items(), "masks", disable=not sys.stderr.isatty()):
+        for name, path in tqdm(sources.items(), "masks", disable=None):
             if not (work / f"{name}.png").is_file():
                 mask = _read_mat(path, load) if path.suffix == ".mat" else read_mask(str(path))
                 write_mask(work / f"{name}.png", mask)

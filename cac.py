@@ -96,6 +96,9 @@ class Config(SemiConfig):
     jitter: bool = False  # colour jitter of labelled crops: on Cityscapes
     dropout: Share = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 released
 
+    left_out = SemiConfig.left_out + ("lam", "tau", "gamma", "warmup", "bank", "mean_over")
+    left_out += ("projector", "context", "directed", "class_filter", "pair_scales", "strength")
+
 
 # The released code's values. 80 epochs of 1,157 steps, whatever the labelled share; the first 5 are
 # the warm-up. 8 + 8 pictures a step, as 4 + 4 on each of 2 GPUs (VOC), 2 + 2 on each of 4

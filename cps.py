@@ -70,6 +70,9 @@ class Config(SemiConfig):
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of a training crop, one drawn for each
     ohem: bool = False  # L_s over the hard pixels only: on Cityscapes
 
+    left_out = SemiConfig.left_out + ("supervision", "cutmix", "lam", "ramp", "count_padding")
+    left_out += ("ema_decay",)
+
 
 # A step sees 8 labelled and 8 unlabelled pictures; on several GPUs --batch-size is each process's
 # part of the 8, two or more. 16 x 39,680 pictures are 60 epochs of VOC's 10,582, 16 x 44,625 are

@@ -78,6 +78,9 @@ class Config(SemiConfig):
     strength: Share = 0.2  # of the strong view's photometry: 1 in the released code
     ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes
 
+    left_out = SemiConfig.left_out + ("threshold", "lam", "ramp", "teachers", "ema_decay", "eps")
+    left_out += ("cutmix", "zoom", "pseudo_eval", "count_padding")
+
 
 # The released code's values, but for warmup and ramp, which are for `folder` (the others take
 # theirs from `lengths`), and for eps: C's call asks for 2, and gets nearly none.

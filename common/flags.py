@@ -4,7 +4,7 @@ import argparse
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -44,7 +44,7 @@ Seed = Annotated[int, Needs("below 2^32", lambda value: value < 2**32)]
 class RunConfig:
     """The flags that every script has; the values are those of the embedded dataset."""
 
-    from_recipe = False  # no field: whether `with_recipe` made it
+    given = None  # no field: which ones `with_recipe` was given
 
     dataset: Dataset = "shapes"  # selects the recipe too
     data_path: str = ""  # the dataset's root folder; shapes needs none
@@ -78,6 +78,7 @@ class SemiConfig(RunConfig):
     unlabeled: str = ""  # a list file or a folder; empty: the training pictures not labelled
     check: Literal["headers", "full"] = "headers"  # of unlabelled pictures at the start; full: all
     supervised_only: bool = False  # the baseline: labelled pictures alone, at the same budget
+    left_out = ("unlabeled", "check")  # no field: those that do nothing with --supervised-only
 
 
 def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[str]) -> RunConfig:
@@ -130,7 +131,7 @@ def with_recipe(config: type[RunConfig], recipes: dict[str, dict], **given: Any)
         known = ", ".join(name for name in recipes if " " not in name)
         raise InputError(f"--dataset {dataset}: has no recipe here; there are {known}")
     cfg = config(**_recipe(config, recipes, recipes[dataset] | given) | given)
-    cfg.from_recipe = True
+    cfg.given = list(given)
     return cfg
 
 
@@ -161,11 +162,19 @@ def refuse_silence(cfg: RunConfig, recipes: dict[str, dict], **ignored: str) -> 
         if value not in (usual[name], defaults[name]):
             raise InputError(f"{_flag(name)} {value}: has no effect {reason}")
     toy = all(getattr(cfg, name) == defaults[name] for name in ("weights", "crop_size", "lr"))
-    if toy and cfg.dataset != config.dataset and not cfg.from_recipe:
+    if toy and cfg.dataset != config.dataset and cfg.given is None:
         raise InputError(
             f"dataset={cfg.dataset!r}: with the embedded dataset's settings; write "
             f"recipe({cfg.dataset!r}, data_path=...) for its own"
         )
+
+
+def given_flags(cfg: RunConfig, names: Sequence[str]) -> list[str]:
+    """Of these fields the flags that somebody gave a value."""
+    given = cfg.given
+    if given is None:
+        given = [field.name for field in fields(cfg) if getattr(cfg, field.name) != field.default]
+    return [_flag(name) for name in names if name in given]
 
 
 class Parser(argparse.ArgumentParser):

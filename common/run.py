@@ -31,6 +31,7 @@ from common.flags import (
     SemiConfig,
     check_config,
     check_scales,
+    given_flags,
     parse_config,
 )
 from common.layouts import shortened
@@ -165,17 +166,15 @@ class Run:
 
     def tell(self, data: Data) -> None:
         """Print what a dataset's lists hold, and what of it a user may not expect."""
-        batch, kind = (
-            self.cfg.batch_size * self.world,
-            "labelled" if data.tags is None else "training",
-        )
-        lists = {kind: data.labeled}
-        if isinstance(self.cfg, SemiConfig) and not self.cfg.supervised_only:
+        cfg, batch, notes = self.cfg, self.cfg.batch_size * self.world, list(data.notes)
+        lists = {"labelled" if data.tags is None else "training": data.labeled}
+        if isinstance(cfg, SemiConfig) and not cfg.supervised_only:
             lists["unlabelled"] = data.unlabeled
+            if {image for image, _ in data.labeled} == {image for image, _ in data.unlabeled}:
+                notes.append("all training pictures are labelled: they serve as unlabelled, too")
+        elif isinstance(cfg, SemiConfig) and (idle := given_flags(cfg, cfg.left_out)):
+            notes.append(f"--supervised-only: {', '.join(idle)} without effect")
         few = [f"{len(pairs)} {kind}" for kind, pairs in lists.items() if len(pairs) < batch]
-        notes = list(data.notes)
-        if len(lists) == 2 and {i for i, _ in data.labeled} == {i for i, _ in data.unlabeled}:
-            notes.append("all training pictures are labelled: the same ones serve as unlabelled")
         if few:
             notes.append(
                 f"batches of {batch}, but {' and '.join(few)} pictures: they repeat within a batch"
@@ -515,6 +514,9 @@ class Run:
         lines = read_log(self.folder / "log.jsonl") if resumed else []
         lines = [line for line in lines if line["step"] <= self.first]  # the others come again
         self.history = [evaluation(line) for line in lines if "miou" in line]
+        for entry in self.history:  # early versions wrote a list
+            if isinstance(entry["iou"], list):
+                entry["iou"] = dict(zip(self.data.classes, entry["iou"], strict=True))
         self.skipped = [image for line in lines for image in line.get("skipped", ())]
         if self.rank == 0:
             settings = asdict(self.cfg) | {"processes": self.world}

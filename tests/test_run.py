@@ -528,6 +528,16 @@ def test_resuming_a_finished_run_gives_its_result(few, light, tmp_path):
         assert torch.equal(a, b.cpu())
 
 
+def test_a_finished_run_whose_log_has_iou_as_a_list_is_resumed(few, light, tmp_path, capsys):
+    """As logs were before they named classes."""
+    first, (*losses, line) = train(tmp_path, iters=2), logged(tmp_path)
+    line["iou"] = list(line["iou"].values())
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [*losses, line])))
+    capsys.readouterr()
+    assert train(tmp_path, iters=2, resume=True).history == first.history
+    assert f"{shapes.CLASSES[1]} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", [None, "last.pt", "config.json"])
 def test_another_scripts_run_is_not_resumed(damage, few, light, tmp_path):
     train(tmp_path, iters=2)
@@ -706,7 +716,7 @@ def test_what_repeats_and_what_serves_twice_is_said(root, light, tmp_path, capsy
     few = "batches of 6, but 1 labelled and 5 unlabelled pictures: they repeat within a batch\n"
     assert few in capsys.readouterr().out
     own(root, tmp_path / "all", labeled="all", iters=1)
-    same = "all training pictures are labelled: the same ones serve as unlabelled\n"
+    same = "all training pictures are labelled: they serve as unlabelled, too\n"
     assert same in capsys.readouterr().out
     own(root, tmp_path / "sup", labeled="all", iters=1, supervised_only=True)
     assert same not in capsys.readouterr().out

@@ -257,6 +257,33 @@ def test_every_flag_makes_a_difference_or_is_refused(name, few, light, tmp_path)
         assert outcome(tmp_path / str(number), **flags) != known[key], field.name
 
 
+@pytest.mark.parametrize("name", [name for name in TINY if name != "ial"])
+def test_the_baseline_names_the_flags_that_it_leaves_out(name, few, light, tmp_path, capsys):
+    """All those, and no others, do nothing with --supervised-only."""
+
+    def outcome(**flags):
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        train(name, path, supervised_only=True, **flags)
+        return torch.load(path / "best.pt", weights_only=True)["networks"][0]["classifier.weight"]
+
+    def other(field):
+        value = OTHER[name][field]
+        return value[0] if isinstance(value, tuple) and isinstance(value[-1], dict) else value
+
+    config, plain, usual = import_module(name).Config, outcome(), capsys.readouterr().out
+    own = [field for field in config.left_out if field in OTHER[name]]
+    assert set(config.left_out) - set(own) == {"unlabeled", "check"}
+    left_out = {field: other(field) for field in own}
+    left_out |= dict(supervision="mean_teacher") if name == "cps" else {}  # --ema-decay needs it
+    assert torch.equal(outcome(check="full", **left_out), plain)
+    (said,) = re.findall("--supervised-only: (.*) without effect\n", capsys.readouterr().out)
+    given = [field for field in own if left_out[field] != getattr(config, field)]
+    assert said.split(", ") == [f"--{name.replace('_', '-')}" for name in ("check", *given)]
+    assert all(f"--{field.replace('_', '-')}" not in usual for field in set(own) - set(TINY[name]))
+    for field in config.__annotations__.keys() - OTHER["ial"].keys() - set(own) - {"ohem"}:
+        assert not torch.equal(outcome(**{field: other(field)}), plain), field
+
+
 @pytest.mark.parametrize("name, dataset", [(n, d) for n in TINY for d in TREES])
 def test_recipes_train_on_tiny_trees(name, dataset, light, tmp_path):
     """Two steps of each real layout's recipe, with loader processes, at a size for tests."""

@@ -426,7 +426,8 @@ def pair_view(
     """
     # The aligned cells do not see quite the same pixels, as in C: crops are moved by 8 pixels, the
     # backbone's stride is 16, and its grid in a mirrored crop lies up to 14.6 pixels off.
-    # Δ C: resized bilinearly without antialiasing, as labelled crops are; there, bicubically.
+    # Δ C: resized bilinearly without antialiasing, as labelled crops are; there, bicubically. Half
+    # a pixel of the shorter side is rounded to an even number; there, up.
     scale = draw_scale(image, base_size, scales)
     height, width = (max(round(scale * side), 1) for side in image.shape[-2:])
     image = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]

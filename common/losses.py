@@ -37,6 +37,7 @@ def ohem_cross_entropy(
     # exp(-loss) is p. Void pixels count as p = 1: with fewer than min_kept valid ones they lift
     # the threshold to 1, which keeps every valid pixel.
     p = torch.where(valid, torch.exp(-losses.detach()), 1.0)
+    # Δ C: with min_kept = 0 the threshold decides alone; in C of CPS every valid pixel is kept.
     rank = min(min_kept, p.numel())
     if rank > 0:
         # `kthvalue` would do, but on a GPU takes a single block for all of them.

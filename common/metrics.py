@@ -91,6 +91,7 @@ def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Iterator[
     picture smaller than the window is seen whole along that side. Rows are given away as soon as
     no further window reaches them: logits are held of crop rows, not of the whole picture.
     """
+    # Δ C: no padding; C of CPS pads a side that is shorter than the window on both ends.
     height, width = images.shape[-2:]
     tops, total = window_starts(height, crop, stride), None
     for top, below in zip(tops, [*tops[1:], height], strict=True):

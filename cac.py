@@ -457,6 +457,34 @@ def agreement(o1: Features, o2: Features, gamma: float) -> dict[str, Tensor]:
     return dict(taught=taught, disagree=(o1.pseudo != o2.pseudo).sum() / cells)
 
 
+@torch.no_grad()
+def shown(
+    images: Tensor, net: ContrastiveNet, crop: int, gamma: float, directed: bool, min_iou: float
+) -> dict[str, Tensor]:
+    """Columns of panels.png: two crops of a picture (1, 3, H, W), and the cells that are taught."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (0, max(crop - width, 0), 0, max(crop - height, 0)))
+    *boxes, common1, common2 = overlapping_crops(height, width, crop, min_iou)
+    areas, taught = torch.zeros(2, *padded[:, 0].shape, dtype=torch.uint8)
+    features = []
+    for number, (top, left, bottom, right) in enumerate(boxes, start=1):
+        areas[:, top:bottom, left:right] += number  # 3 where both are
+        features.append(net.features(padded[:, :, top:bottom, left:right]))
+    cells1, cells2 = overlap(counterparts(common1, common2, False, False, crop)[None])
+    conf1, conf2 = features[0].conf[cells1], features[1].conf[cells2]
+    first = active_anchors(conf1, conf2, gamma, directed)
+    second = active_anchors(conf2, conf1, gamma, directed)
+    cells = torch.zeros(crop // STRIDE, crop // STRIDE, dtype=torch.uint8)
+    cells.view(-1)[cells1] = (first + 2 * second).byte().cpu()
+    top, left, bottom, right = boxes[0]
+    large = cells.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)
+    taught[:, top:bottom, left:right] = large
+    return {
+        "crop 1 yellow, 2 blue, both green": areas[:, :height, :width],
+        "taught in 1 yellow, in 2 blue": taught[:, :height, :width],
+    }
+
+
 # --- training (Sec. 4) ---
 
 
@@ -510,6 +538,9 @@ def train(cfg: Config) -> Result:
     batches_l = run.batches("labeled", view_l)
     # Δ C: passes over the unlabelled pictures begin after the warm-up; there, at the start.
     batches_u = run.batches("unlabeled", view_u, begin=warmup)
+    if not cfg.supervised_only:
+        how = dict(crop=cfg.crop_size, gamma=cfg.gamma, directed=cfg.directed)
+        run.show = partial(shown, net=net, **how, min_iou=0.1 if cfg.context else 1.0)
     contrast = partial(
         directional_contrastive_loss,
         tau=cfg.tau,

@@ -18,6 +18,7 @@ from common.outputs import replace_file
 
 CELL, GAP, LINE = 256, 8, 26  # pixels: width of a picture, space between two, height of a text line
 WRONG, MARK = (255, 40, 40), (255, 230, 0)
+MARKS = np.array([(0, 0, 0), MARK, (30, 110, 255), (0, 190, 60)])  # of a map's numbers, 0 is none
 Show = Callable[[Tensor], dict[str, Tensor]]  # of a picture (1, 3, H, W) titles and maps (1, H, W)
 TITLES = ["image", "truth", "prediction", "overlay", "errors in red"]
 
@@ -36,8 +37,8 @@ def panels(
 
     The rows are spread evenly over the sorted validation list; void is grey; below each is its
     file's name and the share of its labelled pixels that is wrong, below all a legend of the
-    classes. window: as `evaluate` has it. show: maps for further columns: bool, drawn in yellow
-    on the photograph, or in [0, 1], from black to white.
+    classes. window: as `evaluate` has it. show: maps for further columns: bool, or numbers 0 to 3,
+    drawn in MARKS on the photograph, or float in [0, 1], from black to white.
     """
     strips, notes, titles = [], [], TITLES
     for index in sorted({round(i) for i in np.linspace(0, len(data.val) - 1, rows)}):
@@ -74,11 +75,13 @@ def _strip(
 
 def _map(values: Tensor, photo: np.ndarray) -> np.ndarray:
     """A map (H, W) as a picture at the photograph's size; see `panels`."""
-    levels = Image.fromarray((255 * values.float()).byte().numpy())
+    grey = values.is_floating_point()
+    levels = Image.fromarray((255 * values.float() if grey else values).byte().numpy())
     levels = np.asarray(levels.resize(photo.shape[1::-1], Image.Resampling.NEAREST))[..., None]
-    if values.dtype != torch.bool:
+    if grey:
         return np.repeat(levels, 3, axis=2)
-    return np.where(levels > 0, np.array(MARK, np.uint8) // 4 * 3 + _dim(photo) // 4, _dim(photo))
+    marked = MARKS[levels[..., 0]] // 2 + photo.mean(axis=2, keepdims=True) // 2
+    return np.where(levels > 0, marked.astype(np.uint8), _dim(photo))
 
 
 def _dim(photo: np.ndarray) -> np.ndarray:

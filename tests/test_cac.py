@@ -606,6 +606,57 @@ def test_a_batch_without_overlap_teaches_nothing(tmp_path):
     assert [line["loss_dc"] + line["taught"] + line["disagree"] for line in log] == [0, 0]
 
 
+@pytest.mark.parametrize("directed", [True, False])
+@pytest.mark.parametrize("height, width", [(100, 83), (40, 130), (36, 36)])
+def test_panels_show_the_crops_and_the_cells_that_are_taught(height, width, directed, monkeypatch):
+    """By a loop over pixels; what no pixel of the overlap shows has no cell."""
+    crops, confs, made, draw_boxes = [], [], [], cac.overlapping_crops
+
+    def features(crop):
+        crops.append(crop[0])
+        confs.append(torch.rand(8, 8))
+        return cac.Features(None, confs[-1].flatten(), None)
+
+    def boxes(*args):
+        made.append(draw_boxes(*args))
+        return made[-1]
+
+    monkeypatch.setattr(cac, "overlapping_crops", boxes)
+    images = torch.rand(1, 3, height, width) + 1
+    how = dict(crop=64, gamma=0.3, directed=directed, min_iou=0.1)
+    areas, taught = cac.shown(images, SimpleNamespace(features=features), **how).values()
+    (first, second, *_), gamma = made[0], 0.3
+    for box, crop in zip((first, second), crops, strict=True):
+        part = images[0, :, box[0] : box[2], box[1] : box[3]]
+        assert torch.equal(crop[:, : part.shape[1], : part.shape[2]], part)
+        assert crop.shape == (3, 64, 64) and crop.count_nonzero() == part.numel()
+    within = lambda y, x, box: box[0] <= y < box[2] and box[1] <= x < box[3]  # noqa: E731
+    cell = lambda y, x, box: ((y - box[0]) // 8, (x - box[1]) // 8)  # noqa: E731
+    count = 0
+    for y in range(height):
+        for x in range(width):
+            inside = [within(y, x, box) for box in (first, second)]
+            assert areas[0, y, x] == inside[0] + 2 * inside[1]
+            if not all(inside) or y >= height // 8 * 8 or x >= width // 8 * 8:
+                assert taught[0, y, x] == 0 or all(inside)
+                continue
+            conf1, conf2 = confs[0][cell(y, x, first)], confs[1][cell(y, x, second)]
+            one = conf2 > gamma and (conf1 < conf2 or not directed)
+            two = conf1 > gamma and (conf2 < conf1 or not directed)
+            assert taught[0, y, x] == one + 2 * two
+            count += 1
+    assert count > 100 and areas.shape == taught.shape == (1, height, width)
+
+
+def test_panels_of_a_run_have_what_is_taught_and_those_of_the_baseline_not(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("common.run.panels", lambda *_, show, **how: drawn.append(show))
+    for name in ("semi", "sup"):
+        run(tmp_path / name, supervised_only=name == "sup", gamma=0.0)
+    titles = list(drawn[0](torch.randn(1, 3, 64, 64)))
+    assert "crop 1" in titles[0] and "taught" in titles[1] and drawn[1] is None
+
+
 # --- several processes ---
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from common.data import VOID, load
 from common.flags import InputError
 from common.layouts import DISTINCT, GREY
-from common.panels import CELL, GAP, LINE, TITLES, WRONG, colorize, errors, panels
+from common.panels import CELL, GAP, LINE, MARKS, TITLES, WRONG, colorize, errors, panels
 
 
 class Bands(nn.Module):
@@ -84,15 +84,22 @@ def test_a_method_adds_maps_of_its_own(tmp_path):
         upper = torch.zeros(1, *images.shape[-2:])
         upper[:, : images.shape[-2] // 2] = 0.5
         assert images.shape == (1, 3, 64, 64) and not torch.is_grad_enabled()
-        return {"share": upper, "where": upper > 0}
+        numbers = torch.arange(4).view(1, 1, 4).expand(1, 64, 4).repeat_interleave(16, 2)
+        return {"share": upper, "where": upper > 0, "numbers": numbers}
 
     panels(Bands(), five(), tmp_path / "x.png", "cpu", rows=2, show=show)
     sheet = np.asarray(Image.open(tmp_path / "x.png"))
-    assert sheet.shape[1] == (len(TITLES) + 2) * (CELL + GAP) + GAP
-    share, where = (sheet[LINE:, (CELL + GAP) * n + GAP :][:CELL, :CELL] for n in (5, 6))
+    assert sheet.shape[1] == (len(TITLES) + 3) * (CELL + GAP) + GAP
+    share, where, numbers = (
+        sheet[LINE:, (CELL + GAP) * n + GAP :][:CELL, :CELL] for n in (5, 6, 7)
+    )
     assert (share[: CELL // 2] == 127).all() and (share[CELL // 2 :] == 0).all()
     yellow = where.astype(int) @ (1, 0, -1) > 50
     assert yellow[: CELL // 2].all() and not yellow[CELL // 2 :].any()
+    for number, color in enumerate(MARKS):
+        part = numbers[:, CELL // 4 * number :][:, : CELL // 4].astype(int)
+        grey = 2 * part - color if number else part  # the photograph without its colours
+        assert (np.ptp(grey, axis=2) <= 2).all() and np.ptp(grey) > 9
 
 
 def test_more_rows_than_pictures_and_wide_legends(tmp_path):

@@ -1,4 +1,4 @@
-"""What the README tells a reader to paste runs, block by block, in a plain interpreter."""
+"""What the READMEs tell a reader to paste runs, block by block, in a plain interpreter."""
 
 import ast
 import os
@@ -15,11 +15,12 @@ from PIL import Image
 from common.deeplab import DeepLabV3Plus
 from common.shapes import CLASSES, COLORS
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "common" / "README.md", ROOT / "tests" / "README.md"]
+TEXT = "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def blocks():
-    """The README's indented blocks that are Python, by their first line."""
+    """The pages' indented blocks that are Python, by their first line."""
     found = {}
     for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", TEXT, flags=re.MULTILINE):
         code = re.sub(r"^    ", "", block, flags=re.MULTILINE).strip("\n")
@@ -33,7 +34,21 @@ def blocks():
 
 
 def test_there_are_blocks_to_run():
-    assert len(blocks()) >= 3
+    assert len(blocks()) >= 2
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            other = (page.parent / path if path else page).resolve()
+            assert other.exists(), (page, target)
+            if anchor:
+                heads = re.findall(r"^#+ (.*)", other.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {
+                    re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads
+                }
 
 
 @pytest.mark.parametrize("code", blocks().values(), ids=blocks())

@@ -112,6 +112,7 @@ class Maps:
         draws = Draws(range(len(self.names)), read, view, seed, batch_size * run.world)
         begin = max(run.first, steps.start) - steps.start  # of a stage that was resumed
         batches = range(begin * run.cfg.accum, len(steps) * run.cfg.accum)
+        run.draws["labeled"], run.begins["labeled"] = draws, steps.start
         return draws_loader(draws, batch_size, batches, **run.loading)
 
     def share(self, run: Run) -> range:

@@ -51,7 +51,7 @@ from common.outputs import (
     replace_text,
     run_name,
 )
-from common.panels import Show, panels
+from common.panels import Show, panels, picture_name
 from common.predict import Picture, segment
 from common.signals import Stopped, outlive_reader, signals
 
@@ -206,6 +206,7 @@ class Run:
         self.data, self.networks, self.state, self.stage = data, model, state, {}
         self.model = model[0] if len(model) == 1 else Ensemble(model)
         self.draws, self.begins, self.clocks, self.planned = {}, {}, {}, False
+        self.unseen = []  # logged values that may not be finite: step, name, value
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
         self.started = self.saved = time.time()
         machine.in_all_processes(self._open)
@@ -229,9 +230,10 @@ class Run:
         numbers = range(first * self.cfg.accum, last * self.cfg.accum)
         how = dict(batch_size=self.cfg.batch_size, seed=self.cfg.seed, **self.loading)
         loader = training_loader(self.data, split, view, numbers=numbers, **how)
-        self.draws[split], self.begins[split] = loader.dataset, begin
+        self.begins[split] = begin
 
         def started_late() -> Iterator[list[Tensor]]:
+            self.draws[split] = loader.dataset
             yield from loader
 
         return started_late()
@@ -307,6 +309,7 @@ class Run:
         if not (number or late or stage_ends):
             return
         if self.done != step + 1:  # an evaluation saves by itself
+            self._look()
             self._note_broken(step)
             self._average()
             self.save(step)
@@ -384,15 +387,19 @@ class Run:
         """Now and then, and before an evaluation, a line of `log.jsonl`, which that completes.
 
         Most calls return without waiting for the device. With --accum the values are those of a
-        step's last batch. Raises InputError for a value that is not finite.
+        step's last batch. Raises InputError where one is not finite, or was since the last line.
         """
-        every = max(min(50, self.total // 20), 1)
-        if self.rank or self.more_to_come or ((step + 1) % every and not self.due(step)):
+        if self.more_to_come:
             return
-        values = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            self._diverged(f"{bad[0]} is {values[bad[0]]}", step)
+        values = {name: torch.as_tensor(value).detach() for name, value in values.items()}
+        self.unseen += [(step, name, value) for name, value in values.items()]
+        every = max(min(50, self.total // 20), 1)
+        if (step + 1) % every and not self.due(step):
+            return
+        self._look()
+        if self.rank:
+            return
+        values = {name: value.item() for name, value in values.items()}
         if self.world == 1:
             self._note_broken(step)
         self._write_log({"step": step + 1, **values})
@@ -400,6 +407,30 @@ class Run:
         self.bar.set_postfix_str(shown)
         if self.bar.disable:
             print(f"step {step + 1}/{self.total}  {shown}", file=sys.stderr, flush=True)
+
+    def _look(self) -> None:
+        """Raise InputError for the first value of any process, not yet seen, that is not finite."""
+        unseen, self.unseen = self.unseen, []
+        if not unseen:
+            return
+        values = [value.to(self.device, torch.float32) for _, _, value in unseen]
+        values = machine.gather(torch.stack(values)[None]).T  # (values, processes)
+        bad = (~values.isfinite()).nonzero().tolist()
+        if bad:
+            (row, rank), (step, name, _) = bad[0], unseen[bad[0][0]]
+            self._diverged(f"{name} is {values[row, rank].item()}", step, rank)
+
+    def _pictures(self, step: int, rank: int) -> list[str]:
+        """What a process draws in a step, by the paths below the dataset's folder."""
+        size, names = self.cfg.batch_size, []
+        for split, draws in self.draws.items():
+            begin = (step - self.begins[split]) * self.cfg.accum
+            for number in range(max(begin, 0), begin + self.cfg.accum):
+                first = number * draws.batch + rank * size
+                indices = [draws.index(draw) for draw in range(first, first + size)]
+                pairs = getattr(self.data, split)
+                names += [picture_name(self.data, pairs[index][0]) for index in indices]
+        return names
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step: every --eval-every steps, and after the last."""
@@ -445,9 +476,7 @@ class Run:
         when weights are not finite: no checkpoint is written then. Without validation masks all are
         NaN: only the log and `last.pt` are written.
         """
-        weights = (weight for network in self.networks for weight in network.parameters())
-        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
-            self._diverged("a weight is not finite", step)
+        self._check_weights(step)
         self.miou, done = ious.nanmean().item(), step + 1
         scored = not math.isnan(self.miou)  # not without validation masks
         values = [None if math.isnan(value) else value for value in ious.tolist()]
@@ -477,7 +506,11 @@ class Run:
             tqdm.write(f"step {step + 1}/{self.total}  {stage}: {shown}")
 
     def save(self, step: int) -> None:
-        """Write `last.pt`, so that no step up to this one is repeated."""
+        """Write `last.pt`, so that no step up to this one is repeated.
+
+        Raises InputError when weights are not finite: the one before it is kept then.
+        """
+        self._check_weights(step)
         self.done, self.saved = step + 1, time.time()
         if self.rank == 0:
             self._write_checkpoints(step + 1, ["last.pt"])
@@ -548,8 +581,8 @@ class Run:
 
     def _settings(self) -> dict:
         """What a resumed run must share: its data, and all flags but those it may change."""
-        free = "output_dir", "resume", "data_path", "workers", "device", "check", "deterministic"
-        settings = {k: v for k, v in asdict(self.cfg).items() if k not in (*free, "save_every")}
+        free = "output_dir resume save_every data_path workers device check deterministic".split()
+        settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         pictures = " ".join(self.data.summary().split())
         return settings | dict(script=self.script, processes=self.world, pictures=pictures)
@@ -589,10 +622,20 @@ class Run:
         curves.write(self.folder / "curves.png", {self.name: log})
         self.drawn = True
 
-    def _diverged(self, what: str, step: int) -> None:
+    def _check_weights(self, step: int) -> None:
+        modules = (
+            part for part in (self.state | self.stage).values() if isinstance(part, nn.Module)
+        )
+        weights = [weight for module in modules for weight in module.state_dict().values()]
+        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
+            self._diverged("a weight is not finite", step)
+
+    def _diverged(self, what: str, step: int, rank: int = 0) -> None:
+        """Raise InputError; rank: of the process where it was found."""
+        pictures = ", ".join(self._pictures(step, rank))
         raise InputError(
             f"{what} at step {step + 1}: training diverged; lower --lr (what was saved before is "
-            f"in {self.folder})"
+            f"in {self.folder})" + f"; that step's pictures: {pictures}" * bool(pictures)
         )
 
     def finish(self, draw: Callable[[Path], None] | None = None) -> Result:

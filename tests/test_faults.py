@@ -19,16 +19,19 @@ import numpy as np
 import pytest
 import torch
 from few_shapes import ROOT, TINY
+from torch import nn
 
 import cps
 import ial
-from common.run import Run, main
+from common import data, maps
+from common.layouts import DRAWN
+from common.run import InputError, Run, main
 
-LONG = {  # by script: runs of some 24 steps that are evaluated once, by TINY's flags
-    "cps": dict(iters=24),
-    "psmt": dict(iters=24),
-    "cac": dict(iters=24, bank=2, accum=2),
-    "ial": dict(iters=5),
+LONG = {  # by script: runs of twelve steps or more that are evaluated once, by TINY's flags
+    "cps": dict(iters=12),
+    "psmt": dict(iters=12),
+    "cac": dict(iters=12, bank=2, accum=2),
+    "ial": dict(iters=3),
 }
 every_script = pytest.mark.parametrize("name", TINY)
 
@@ -122,11 +125,11 @@ def test_stopped_and_killed_anywhere_a_run_goes_on_exactly(name, midway, tmp_pat
     end(begin(name, whole))
     done = 0
     for number, status in random.sample(list(STATUS.items()), 2):
-        midway({random.randint(2, 8): send(number)})
+        midway({random.randint(2, 4): send(number)})
         end(begin(name, cut, "--resume"), status)
         before, done = done, saved(cut)["step"]
         assert done == logged(cut)[-1]["step"] >= before
-    midway({random.randint(2, 8): send(signal.SIGKILL)})
+    midway({random.randint(2, 4): send(signal.SIGKILL)})
     end(begin(name, cut, "--resume", save_every=1e-9), -9)
     assert saved(cut)["step"] >= done
     midway({})
@@ -139,7 +142,7 @@ def test_a_signal_says_where_the_run_is_and_how_to_go_on(midway, tmp_path, monke
     folder = tmp_path / "run"
     first, second = end(begin("cps", folder), 143).splitlines()
     assert first == "cps.py: interrupted: finishes the step and saves; another signal ends at once"
-    assert second.startswith(f"stopped after step 5 of 24, saved in {folder}/last.pt; go on with: ")
+    assert second.startswith(f"stopped after step 5 of 12, saved in {folder}/last.pt; go on with: ")
     assert second.endswith(f"python cps.py {' '.join(argv('cps', folder))} --resume")
 
 
@@ -175,6 +178,13 @@ def test_a_signal_to_loader_processes_too_lets_them_give_the_steps_batch(number,
     assert saved(tmp_path / "run")["step"] == 3
 
 
+def in_two(folder, **flags):
+    """A script in two processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [begin("cps", folder, rank=rank, world=2, port=port, **flags) for rank in (0, 1)]
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_step(midway, tmp_path):
     def at_one(run):
         if run.rank == 1:
@@ -182,9 +192,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(midway, tmp_path)
 
     midway({3: at_one})
     folder = tmp_path / "run"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    both = [begin("cps", folder, rank=r, world=2, port=port, iters=9999) for r in (0, 1)]
+    both = in_two(folder, iters=9999)
     first, second = (end(process, STATUS[signal.SIGUSR1]) for process in both)
     step = saved(folder)["step"]
     assert step < 9999 and f"stopped after step {step} of 9999" in first and second == ""
@@ -285,6 +293,68 @@ def test_a_map_that_cannot_be_written_is_named(midway, tmp_path, monkeypatch):
     said = end(begin("ial", tmp_path / "run"), 2)
     assert f"{tmp_path}/run/maps/superpixels/train: 000 cannot be written (File too" in said
     assert said.count("\n") == 1
+
+
+# --- divergence ---
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The pictures that are read, in order."""
+    paths, read_pair = [], data.read_pair
+
+    def note(pair, lookup):
+        paths.append(pair[0].removeprefix(DRAWN))
+        return read_pair(pair, lookup)
+
+    for module in (data, maps):
+        monkeypatch.setattr(module, "read_pair", note)
+    return paths
+
+
+def diverge(run):
+    """Now losses are not finite, and after the step no weight is."""
+    for part in (run.state | run.stage).values():
+        for weight in part.parameters() if isinstance(part, nn.Module) else ():
+            weight.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize(
+    "name, passes, step, term, pictures",
+    [
+        ("cps", 5, 5, "loss_sup", 4),
+        ("psmt", 31, 31, "loss_sup", 4),
+        ("cac", 65, 33, "loss_sup", 8),  # two batches
+        ("ial", 13, 13, "loss_unary", 2),
+    ],
+)
+def test_divergence_names_the_step_the_term_and_the_pictures(
+    name, passes, step, term, pictures, midway, drawn, tmp_path
+):
+    """Not those of the next line of the log. The checkpoint before it stays."""
+    midway({passes: diverge})
+    script, flags = import_module(name), dict(iters=[48, 10][name == "ial"], save_every=1e-9)
+    flags = TINY[name] | LONG[name] | dict(eval_every=99, output_dir=str(tmp_path / "run")) | flags
+    with pytest.raises(InputError, match=f"{term} is nan at step {step}: training div") as caught:
+        script.train(script.Config(**flags))
+    named = str(caught.value).split("pictures: ")[1].split(", ")
+    assert sorted(named) == sorted(drawn[-pictures:])
+    last = saved(tmp_path / "run")
+    assert last["step"] == step - 1
+    assert all(weight.isfinite().all() for net in last["networks"] for weight in net.values())
+
+
+def test_divergence_in_another_process_names_that_ones_pictures(midway, drawn, tmp_path):
+    def diverge_alone(run):
+        if run.rank == 1:
+            diverge(run)
+            (tmp_path / "drawn").write_text("\n".join(drawn[-2:]))  # labelled ones
+
+    midway({3: diverge_alone})
+    first, second = (end(process, 2) for process in in_two(tmp_path / "run"))
+    named = first.split("pictures: ")[1].strip().split(", ")
+    assert "loss_sup is nan at step 3:" in first and second == ""
+    assert len(named) == 4 and named[:2] == (tmp_path / "drawn").read_text().split()
 
 
 # --- memory, loader processes, pipes ---

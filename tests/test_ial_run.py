@@ -511,7 +511,7 @@ def test_pictures_and_maps_travel_to_other_processes(data, tmp_path):
     for index in range(5):
         maps.write("labels", index, torch.full((37, 45), index))
     cfg, loading = SimpleNamespace(batch_size=2, accum=1, seed=0), dict(rank=0, world=1, workers=0)
-    lone = SimpleNamespace(cfg=cfg, world=1, first=0, loading=loading)
+    lone = SimpleNamespace(cfg=cfg, world=1, first=0, draws={}, begins={}, loading=loading)
     draws = maps.loader(lone, range(2), partial(ial.crop_view, 32, 2), "labels").dataset
     for one, other in zip(draws[7], pickle.loads(pickle.dumps(draws))[7], strict=True):
         assert torch.equal(one, other)

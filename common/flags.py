@@ -4,7 +4,9 @@ import argparse
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -182,6 +184,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise InputError(f"{message}; --help lists the flags")
+
+
+@contextmanager
+def one_line(program: str) -> Iterator[None]:
+    """What cannot be right, or cannot be written, ends a program with one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console may not know every name
+    try:
+        yield
+    except (InputError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _flag(name: str) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import coco, shapes
+from common.colors import DISTINCT, palette, voc_colors
 from common.flags import InputError
 from common.losses import VOID
 
@@ -44,29 +45,6 @@ CITYSCAPES = {  # labelId of the 19 training classes: name, colour
     32: ("motorcycle", (0, 0, 230)),
     33: ("bicycle", (119, 11, 32)),
 }
-GREY = (220, 220, 220)  # of void
-DISTINCT = [  # black, for what is often background, and colours as far apart as nineteen can be
-    (0, 0, 0),
-    (210, 0, 45),
-    (105, 30, 165),
-    (255, 225, 60),
-    (0, 255, 180),
-    (0, 150, 255),
-    (255, 120, 195),
-    (105, 0, 60),
-    (120, 60, 15),
-    (0, 60, 0),
-    (0, 240, 255),
-    (240, 135, 0),
-    (0, 45, 105),
-    (255, 150, 135),
-    (180, 255, 105),
-    (0, 150, 45),
-    (15, 150, 120),
-    (150, 150, 45),
-    (225, 255, 180),
-    (210, 180, 255),
-]
 TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF -> Image.Transpose
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -289,18 +267,6 @@ def _data(
     return Data(root, classes, colors, train, [val[name] for name in sorted(val)], lookup)
 
 
-def voc_colors(count: int) -> list[tuple[int, int, int]]:
-    """PASCAL VOC's palette: the index's bits dealt out to red, green, blue from the top down."""
-    bits = [[(index >> 3 * place) & 7 for place in range(8)] for index in range(count)]
-    return [
-        tuple(sum(((b >> c) & 1) << (7 - place) for place, b in enumerate(row)) for c in range(3))
-        for row in bits
-    ]
-
-
-PALETTE = voc_colors(256)
-
-
 def walk(folder: Path) -> list[Path]:
     """The files below a folder, sorted, also behind links; without hidden ones.
 
@@ -412,7 +378,7 @@ def _check_mode(path: str, mode: str) -> None:
 
 
 def read_header(path: str) -> tuple[int, int]:
-    """A picture's sides, of which no more than the header is read: it may still be cut short."""
+    """Height and width of a picture or mask, which may still be cut short after its header."""
     if path.startswith(DRAWN):
         return shapes.SIZE, shapes.SIZE
     with _open(path, "picture", decode=False) as image:
@@ -436,19 +402,11 @@ def read_mask(path: str) -> np.ndarray:
 def write_mask(path: Path, values: np.ndarray) -> None:
     """A mask (H, W) uint8 as a PNG of indices in VOC's colours, whole or not there."""
     image = Image.fromarray(values)
-    image.putpalette([channel for color in PALETTE for channel in color])
+    image.putpalette(palette([]).tobytes())
     # A name of its own: another process may write the same mask.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     image.save(temporary, "PNG")
     os.replace(temporary, path)
-
-
-def mask_size(path: str) -> tuple[int, int]:
-    """Height and width of a mask, of which no more than the header is read."""
-    if path.startswith(DRAWN):
-        return shapes.SIZE, shapes.SIZE
-    with Image.open(path) as mask:
-        return mask.size[::-1]
 
 
 def _open(path: str, kind: str, decode: bool = True) -> Image.Image:

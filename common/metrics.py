@@ -1,5 +1,6 @@
 """Mean intersection over union, counted in integers on the device."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -105,6 +106,11 @@ def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Iterator[
             total[..., left : left + logits.shape[-1]] += logits
         yield total[..., : below - top, :]
         total = total[..., below - top :, :]
+
+
+def windows(side: int) -> tuple[int, int] | None:
+    """Side and stride of sliding windows, that of the released code; None for whole pictures."""
+    return (side, math.ceil(side * 2 / 3)) if side else None
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:

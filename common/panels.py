@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from common.augment import whole_view
+from common.colors import GREY, colorize
 from common.curves import wrap
 from common.data import VOID, Data, read_pair
-from common.layouts import DRAWN, GREY
+from common.layouts import DRAWN
 from common.metrics import classify, evaluating
 from common.outputs import replace_file
 
@@ -137,13 +138,6 @@ def sheet(
         draw.text((x + LINE, y + LINE // 2), name, "black", font, anchor="lm")
     # The usual level 6 takes more than twice as long for a seventh less.
     replace_file(path, lambda file: canvas.save(file, "PNG", compress_level=3))
-
-
-def colorize(labels: np.ndarray, colors: list[tuple[int, int, int]]) -> np.ndarray:
-    """Labels (H, W) uint8 as colours (H, W, 3) uint8; void is grey."""
-    palette = np.full((256, 3), GREY, np.uint8)
-    palette[: len(colors)] = colors
-    return palette[labels]
 
 
 def _height(picture: np.ndarray) -> int:

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from common import machine
 from common.augment import IMAGENET
 from common.bars import tqdm
+from common.colors import colorize, palette
 from common.data import check, val_loader
 from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble
-from common.flags import InputError, Parser
-from common.layouts import SUFFIXES, find_pictures, folder_layout, read_image, upright_rgb
-from common.metrics import classify, evaluate, evaluating, iou
+from common.flags import InputError, Parser, one_line
+from common.layouts import SUFFIXES, find_pictures, folder_layout, read_image, upright_rgb, walk
+from common.metrics import classify, evaluate, evaluating, iou, windows
 from common.outputs import iou_table, replace_file
-from common.panels import colorize
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -149,9 +149,8 @@ def _picture(image: Picture) -> Tensor:
 
 
 def _windows(model: Segmenter, side: int | None) -> tuple[int, int] | None:
-    """Side and stride of the windows, None for whole pictures: those of Run.score."""
     side = model.window if side is None else side
-    return (side, math.ceil(side * 2 / 3)) if side else None
+    return windows(side)
 
 
 # --- the command ---
@@ -176,8 +175,9 @@ def predict(model: Segmenter, options: argparse.Namespace) -> int:
         skipped += 1
         tqdm.write(f"predict.py: {problem}", file=sys.stderr)
     seconds = (time.time() - started) / len(pictures)
-    left = f", {skipped} of them skipped" if skipped else ""
-    print(f"{len(pictures)} pictures{left}, {seconds:.2g} s each: {options.output}")
+    left = f", {skipped} of them skipped" * bool(skipped)
+    count = f"{len(pictures)} picture" + "s" * (len(pictures) != 1)
+    print(f"{count}{left}, {seconds:.2g} s each: {options.output}")
     return skipped
 
 
@@ -194,8 +194,8 @@ def find(pictures: Path, output: Path) -> dict[str, Path]:
             raise InputError(f"{pictures}: holds no picture ({', '.join(sorted(SUFFIXES))})")
         others = [
             path
-            for path in sorted(pictures.rglob("*"))
-            if path.suffix.lower() not in SUFFIXES and path.name[0] != "." and path.is_file()
+            for path in walk(pictures)
+            if path.suffix.lower() not in SUFFIXES and path.is_file()
         ]
         if others:
             also = f" and {len(others) - 1} more" * (len(others) > 1)
@@ -215,7 +215,7 @@ def write(
     """target.png, class indices with the classes' colours for a palette; target_overlay.jpg."""
     target.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(mask)
-    image.putpalette(colorize(np.arange(256, dtype=np.uint8), colors).tobytes())
+    image.putpalette(palette(colors).tobytes())
     replace_file(target.with_name(f"{target.name}.png"), partial(image.save, format="PNG"))
     if overlaid:
         # A JPEG's sides end at 65,535 pixels.
@@ -241,9 +241,9 @@ def score(model: Segmenter, options: argparse.Namespace) -> str:
             raise InputError(f"{image}: has no mask in {root / 'masks' / 'test'}; add the mask")
     check(replace(data, labeled=data.val, val=[]))  # as labelled ones: these may be small
     loader = val_loader(data, lambda image, label: (image, label), pixels=2**18)
-    device, windows = next(model.parameters()).device, _windows(model, options.window)
+    device, sides = next(model.parameters()).device, _windows(model, options.window)
     with machine.autocast(device, machine.precision(device, options.amp)):
-        ious = iou(evaluate(model, loader, len(model.classes), device, windows))
+        ious = iou(evaluate(model, loader, len(model.classes), device, sides))
     values = [None if math.isnan(value) else value for value in ious.tolist()]
     return iou_table(dict(zip(model.classes, values, strict=True)), ious.nanmean().item())
 
@@ -326,16 +326,8 @@ def run(words: list[str]) -> int:
 
 
 def main() -> None:
-    """The exit status is that of `run`, or 2, with one line, for what cannot be right."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may not know every name
-    try:
+    with one_line("predict.py"):
         sys.exit(run(sys.argv[1:]))
-    except (InputError, OSError) as error:  # the latter: where nothing can be written
-        print(f"predict.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

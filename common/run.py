@@ -35,7 +35,7 @@ from common.flags import (
     parse_config,
 )
 from common.layouts import shortened
-from common.metrics import evaluate, evaluating, iou
+from common.metrics import evaluate, evaluating, iou, windows
 from common.outputs import (
     add_lines,
     choose_folder,
@@ -136,8 +136,7 @@ class Run:
         # Of whole pictures as many pixels at once as in a training batch, or 2^16 where crops are
         # small: without gradients they take less memory.
         self.pixels = max(cfg.batch_size * cfg.crop_size**2, 2**16)
-        side = cfg.eval_window
-        self.window = (side, math.ceil(side * 2 / 3)) if side else None  # size, stride
+        self.window = windows(cfg.eval_window)
         self.show: Show | None = None  # what the method adds to panels.png, networks in eval mode
         self.name = run_name(script, cfg)
         self.folder = machine.in_all_processes(lambda: choose_folder(script, cfg))

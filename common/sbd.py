@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.bars import tqdm
-from common.flags import InputError
+from common.flags import InputError, one_line
 from common.layouts import VOC_CLASSES, VOID, read_lines, read_mask, voc_root, write_mask
 
 PLACES = ("benchmark_RELEASE/dataset/cls", "dataset/cls", "cls", ".")  # of the .mat files
@@ -64,7 +64,7 @@ def _read_mat(path: Path, load: Callable[[str], dict]) -> np.ndarray:
 
 
 def main(words: list[str]) -> None:
-    try:
+    with one_line("common.sbd"):
         if len(words) != 2:
             raise InputError("python -m common.sbd SBD_FOLDER VOC2012_FOLDER: takes two folders")
         try:
@@ -72,9 +72,6 @@ def main(words: list[str]) -> None:
         except ImportError as error:
             raise InputError("SBD's .mat files take SciPy: python -m pip install scipy") from error
         convert(Path(words[0]), Path(words[1]), loadmat)
-    except InputError as error:
-        print(f"common.sbd: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import trees
 from PIL import Image
 
 from common import coco
+from common.colors import voc_colors
 from common.data import check, load
 from common.flags import InputError
-from common.layouts import read_mask, voc_colors, write_mask
+from common.layouts import read_mask, write_mask
 
 TRAIN, VAL = (f"annotations/instances_{split}2017.json" for split in ("train", "val"))
 

@@ -107,9 +107,9 @@ def test_several_runs_are_overlaid_by_folder_name(tmp_path, capsys):
         assert len(places(image.convert("RGB"), COLORS[1])[0]) > 500
     curves.main([str(tmp_path / "a/run"), str(tmp_path / "b/run"), "--output", str(where)])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        curves.main([str(tmp_path / "other"), str(tmp_path), "--output", str(where)])
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith(
-        f"common.curves: {tmp_path / 'log.jsonl'}: missing"
-    )
+    for words, wrong in (([tmp_path], f"{tmp_path / 'log.jsonl'}: missing"), ([], "the following")):
+        with pytest.raises(SystemExit) as end:
+            curves.main([*map(str, words), "--output", str(where)])
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1
+        assert err.startswith(f"common.curves: {wrong}")

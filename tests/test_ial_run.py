@@ -21,7 +21,7 @@ import common.maps
 import ial
 from common import deeplab
 from common.augment import normalise
-from common.layouts import DISTINCT, GREY
+from common.colors import DISTINCT, GREY
 from common.losses import VOID
 from common.maps import Maps, at_pixels, pad
 from common.panels import CELL, MARK

@@ -10,10 +10,10 @@ import trees
 from PIL import Image
 from torch import nn
 
+from common.colors import DISTINCT, GREY, colorize
 from common.data import VOID, load
 from common.flags import InputError
-from common.layouts import DISTINCT, GREY
-from common.panels import CELL, GAP, LINE, MARKS, TITLES, WRONG, colorize, errors, panels
+from common.panels import CELL, GAP, LINE, MARKS, TITLES, WRONG, errors, panels
 
 
 class Bands(nn.Module):

@@ -17,11 +17,11 @@ from PIL import Image
 
 from common import predict, shapes
 from common.augment import IMAGENET
+from common.colors import colorize
 from common.deeplab import DeepLabV3Plus, Ensemble
 from common.flags import InputError
 from common.layouts import read_mask
 from common.metrics import confusion_matrix, iou, slide
-from common.panels import colorize
 from common.predict import load, overlay, segment
 
 CLASSES = ["ground", "cat", "dog"]
@@ -311,7 +311,7 @@ def test_statuses_of_one_picture(checkpoint, tmp_path, monkeypatch, capsys):
     Image.fromarray(picture()).save(good)
     bad.write_bytes(b"rubbish")
     status, said, err = call(monkeypatch, capsys, checkpoint, good, "--output", out)
-    assert (status, err) == (0, "") and said.startswith("1 pictures, ")
+    assert (status, err) == (0, "") and said.startswith("1 picture, ")
     assert [path.name for path in out.iterdir()] == ["a.b.png"]
     status, _, err = call(monkeypatch, capsys, checkpoint, bad, "--output", out)
     assert status == 1 and err.startswith(f"predict.py: {bad}: not a readable picture")

@@ -8,8 +8,9 @@ import torch
 import trees
 
 from common import shapes
+from common.colors import DISTINCT
 from common.data import check, describe
-from common.layouts import BAD, CITYSCAPES, DISTINCT, VOID
+from common.layouts import BAD, CITYSCAPES, VOID
 from common.run import InputError
 from common.tags import load_tagged
 

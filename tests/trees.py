@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.layouts import voc_colors
+from common.colors import voc_colors
 
 HEIGHT, WIDTH = 48, 64
 CLASSES = ("ground", "cat", "dog")

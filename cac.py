@@ -459,12 +459,20 @@ def agreement(o1: Features, o2: Features, gamma: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def shown(
-    images: Tensor, net: ContrastiveNet, crop: int, gamma: float, directed: bool, min_iou: float
+    images: Tensor,
+    net: ContrastiveNet,
+    crop: int,
+    gamma: float,
+    directed: bool,
+    ious: tuple[float, float],
 ) -> dict[str, Tensor]:
-    """Columns of panels.png: two crops of a picture (1, 3, H, W), and the cells that are taught."""
+    """Columns of panels.png: two crops of a picture (1, 3, H, W), and the cells that are taught.
+
+    ious: bounds of the crops' intersection over union.
+    """
     height, width = images.shape[-2:]
     padded = F.pad(images, (0, max(crop - width, 0), 0, max(crop - height, 0)))
-    *boxes, common1, common2 = overlapping_crops(height, width, crop, min_iou)
+    *boxes, common1, common2 = overlapping_crops(height, width, crop, *ious)
     areas, taught = torch.zeros(2, *padded[:, 0].shape, dtype=torch.uint8)
     features = []
     for number, (top, left, bottom, right) in enumerate(boxes, start=1):
@@ -539,8 +547,9 @@ def train(cfg: Config) -> Result:
     # Δ C: passes over the unlabelled pictures begin after the warm-up; there, at the start.
     batches_u = run.batches("unlabeled", view_u, begin=warmup)
     if not cfg.supervised_only:
-        how = dict(crop=cfg.crop_size, gamma=cfg.gamma, directed=cfg.directed)
-        run.show = partial(shown, net=net, **how, min_iou=0.1 if cfg.context else 1.0)
+        ious = (0.1, 0.9) if cfg.context else (1.0, 1.0)  # crops that differ, where they can
+        how = dict(crop=cfg.crop_size, gamma=cfg.gamma, directed=cfg.directed, ious=ious)
+        run.show = partial(shown, net=net, **how)
     contrast = partial(
         directional_contrastive_loss,
         tau=cfg.tau,

@@ -623,7 +623,7 @@ def test_panels_show_the_crops_and_the_cells_that_are_taught(height, width, dire
 
     monkeypatch.setattr(cac, "overlapping_crops", boxes)
     images = torch.rand(1, 3, height, width) + 1
-    how = dict(crop=64, gamma=0.3, directed=directed, min_iou=0.1)
+    how = dict(crop=64, gamma=0.3, directed=directed, ious=(0.1, 0.9))
     areas, taught = cac.shown(images, SimpleNamespace(features=features), **how).values()
     (first, second, *_), gamma = made[0], 0.3
     for box, crop in zip((first, second), crops, strict=True):
@@ -653,8 +653,10 @@ def test_panels_of_a_run_have_what_is_taught_and_those_of_the_baseline_not(tmp_p
     monkeypatch.setattr("common.run.panels", lambda *_, show, **how: drawn.append(show))
     for name in ("semi", "sup"):
         run(tmp_path / name, supervised_only=name == "sup", gamma=0.0)
-    titles = list(drawn[0](torch.randn(1, 3, 64, 64)))
-    assert "crop 1" in titles[0] and "taught" in titles[1] and drawn[1] is None
+    for _ in range(9):  # whole multiples of 8 apart, in a picture that leaves 32 pixels
+        columns = drawn[0](torch.randn(1, 3, 64, 64))
+        assert set(columns["crop 1 yellow, 2 blue, both green"].unique().tolist()) >= {1, 2, 3}
+    assert "taught in 1 yellow, in 2 blue" in columns and drawn[1] is None
 
 
 # --- several processes ---

@@ -22,11 +22,11 @@ from common.bars import tqdm
 from common.flags import InputError, LoneError
 from common.layouts import (
     BAD,
-    FOLDER,
     LAYOUTS,
     Data,
     Pair,
     find_pictures,
+    need_folder,
     read_header,
     read_image,
     read_mask,
@@ -54,7 +54,7 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     unique = dataset not in ("shapes", "folder")
     if not os.path.isfile(labeled) and not any(mask for _, mask in data.train.values()):
         if dataset == "folder":
-            _need_folder(data.root / "masks" / "train")
+            need_folder(data.root / "masks" / "train")
         reasons = "".join(f"; {note}" for note in data.notes)
         raise InputError(f"{data.root}: no training picture has a mask; add some{reasons}")
     chosen = _choose_labeled(labeled, data.train, data.root, seed, unique)
@@ -97,11 +97,6 @@ def same_files(first: Sequence[Pair], second: Sequence[Pair]) -> dict[int, str]:
     return {index: image for index, image in found if image is not None}
 
 
-def _need_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise InputError(f"{path}: missing; the layout is {FOLDER}")
-
-
 def layout(dataset: str, data_path: str, scored: bool = True) -> Data:
     """What the dataset's folder holds: training and validation pictures, all of these with masks.
 
@@ -116,8 +111,8 @@ def layout(dataset: str, data_path: str, scored: bool = True) -> Data:
         found.notes.append("no validation masks: no mIoU, no best.pt")
         found.val.clear()
     elif dataset == "folder":
-        _need_folder(found.root / "images" / "val")
-        _need_folder(found.root / "masks" / "val")
+        need_folder(found.root / "images" / "val")
+        need_folder(found.root / "masks" / "val")
     for pairs, kind in ((found.train, "training"), (found.val, "validation")):
         if not pairs and (scored or kind == "training"):
             raise InputError(
@@ -138,21 +133,14 @@ def _choose_labeled(
     names = list(train)
     if labeled == "all":
         return [train[name] for name in names if train[name][1] is not None]
-    if re.fullmatch(r"1/\d{1,9}", labeled):
-        every = int(labeled[2:])
-        if not 1 <= every <= len(names):
-            raise InputError(
-                f"--labeled {labeled}: r must be 1 to {len(names)}, the number of training pictures"
-            )
-        pairs = [train[name] for name in names[::every]]
-    elif re.fullmatch(r"\d{1,9}", labeled):
-        count = int(labeled)
-        if not 1 <= count <= len(names):
-            raise InputError(
-                f"--labeled {labeled}: must be 1 to {len(names)}, the number of training pictures"
-            )
+    if found := re.fullmatch(r"(1/)?(\d{1,9})", labeled):
+        share, number = "r " * bool(found[1]), int(found[2])
+        if not 1 <= number <= len(names):
+            limits = f"1 to {len(names)}, the number of training pictures"
+            raise InputError(f"--labeled {labeled}: {share}must be {limits}")
         order = np.random.default_rng(seed).permutation(len(names))
-        pairs = [train[names[index]] for index in sorted(order[:count])]
+        indices = range(0, len(names), number) if share else sorted(order[:number])
+        pairs = [train[names[index]] for index in indices]
     elif os.path.isfile(labeled):
         pairs = _read_list("--labeled", labeled, train, root, unique)
     else:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import coco, shapes
-from common.colors import DISTINCT, palette, voc_colors
+from common.colors import DISTINCT, Color, palette, voc_colors
 from common.flags import InputError
 from common.losses import VOID
 
@@ -61,7 +61,7 @@ class Data:
 
     root: Path
     classes: list[str]
-    colors: list[tuple[int, int, int]]
+    colors: list[Color]
     train: dict[str, Pair]  # by id, sorted
     val: list[Pair]
     lookup: np.ndarray
@@ -74,10 +74,8 @@ class Data:
         """Counts, a hash of what teaches that is equal on every machine, and the classes."""
         if self.tags is None:
             used = [Path(os.path.relpath(image, self.root)).as_posix() for image, _ in self.labeled]
-            counts, what = (
-                f"{len(used)} labelled, {len(self.unlabeled)} unlabelled",
-                "labelled list",
-            )
+            counts = f"{len(used)} labelled, {len(self.unlabeled)} unlabelled"
+            what = "labelled list"
         else:
             rows = zip(self.train, self.tags.int().tolist(), strict=True)
             used = [f"{name} {row}" for name, row in rows]
@@ -105,15 +103,21 @@ def folder_layout(root: Path, train: str = "train", val: str = "val") -> Data:
     for split in (train, val):
         folder = root / "images" / split
         # Without validation pictures there may be training on tags.
-        if split == train and not folder.is_dir():
-            raise InputError(f"{folder}: missing; the layout is {FOLDER}")
+        if split == train:
+            need_folder(folder)
         images = find_pictures(folder)
         masks = _match_masks(images, find_pictures(root / "masks" / split, {".png"}))
         splits.append({n: (str(p), masks.get(n)) for n, p in images.items()})
         used.update(map(str, images.values()), masks.values())
-    data = _data(root, names, folder_colors(root, names), *splits)
+    data = _data(root, names, _read_colors(root / "colors.txt", names), *splits)
     data.notes += _left_over(root, used)
     return data
+
+
+def need_folder(path: Path) -> None:
+    """Raise InputError where a folder dataset lacks a part."""
+    if not path.is_dir():
+        raise InputError(f"{path}: missing; the layout is {FOLDER}")
 
 
 def _read_classes(path: Path) -> list[str]:
@@ -134,6 +138,22 @@ def _read_classes(path: Path) -> list[str]:
     if not 2 <= len(known) <= 254:
         raise InputError(f"{path}: lists {len(known)} classes, must be 2 to 254")
     return list(known)
+
+
+def _read_colors(path: Path, classes: list[str]) -> list[Color]:
+    """Those of a colors.txt, R G B a line, where it is there; else colours that differ visibly."""
+    if not path.is_file():
+        count = len(classes)
+        return DISTINCT[:count] if count <= len(DISTINCT) else voc_colors(count)
+    colors = []
+    for number, line in read_numbered(path):
+        words = line.replace(",", " ").split()
+        if len(words) != 3 or not all(re.fullmatch(r"\d{1,3}", w) and int(w) < 256 for w in words):
+            raise InputError(f"{path}, line {number}: {line!r} must be R G B, each from 0 to 255")
+        colors.append(tuple(map(int, words)))
+    if len(colors) != len(classes):
+        raise InputError(f"{path}: has {len(colors)} colours for {len(classes)} classes")
+    return colors
 
 
 def _match_masks(images: dict[str, Path], masks: dict[str, Path]) -> dict[str, str]:
@@ -254,7 +274,7 @@ def _pair(image: Path, mask: Path) -> Pair:
 def _data(
     root: Path,
     classes: list[str],
-    colors: list[tuple[int, int, int]],
+    colors: list[Color],
     train: dict[str, Pair],
     val: dict[str, Pair],
     lookup: np.ndarray | None = None,
@@ -288,24 +308,6 @@ def walk(folder: Path) -> list[Path]:
     if folder.is_dir():
         enter(folder, ())
     return sorted(found)
-
-
-def folder_colors(root: Path, classes: list[str]) -> list[tuple[int, int, int]]:
-    """Those of colors.txt, R G B a line, where it is there; else colours that differ visibly."""
-    path = root / "colors.txt"
-    if not path.is_file():
-        return (
-            DISTINCT[: len(classes)] if len(classes) <= len(DISTINCT) else voc_colors(len(classes))
-        )
-    colors = []
-    for number, line in read_numbered(path):
-        words = line.replace(",", " ").split()
-        if len(words) != 3 or not all(re.fullmatch(r"\d{1,3}", w) and int(w) < 256 for w in words):
-            raise InputError(f"{path}, line {number}: {line!r} must be R G B, each from 0 to 255")
-        colors.append(tuple(map(int, words)))
-    if len(colors) != len(classes):
-        raise InputError(f"{path}: has {len(colors)} colours for {len(classes)} classes")
-    return colors
 
 
 def find_pictures(folder: Path, suffixes: Collection[str] = SUFFIXES) -> dict[str, Path]:

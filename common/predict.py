@@ -284,15 +284,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     about, examples, _ = __doc__.split("\n\n")
     shape = argparse.RawDescriptionHelpFormatter
     parser = Parser("predict.py", None, about, examples, formatter_class=shape, allow_abbrev=False)
-    add, tasks = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     add("checkpoint", type=Path, help="last.pt or best.pt of a run of any script")
     add("pictures", type=Path, nargs="?", help="a picture, or a folder with subfolders")
-    for flag, how in {
-        "--output": dict(type=Path, help="folder for the masks: PNGs of class indices"),
-        "--test-split": dict(action="store_true", help="score images/test of a folder dataset"),
-        "--export": dict(type=Path, help="file for torch.export.load, such as model.pt2"),
-    }.items():
-        tasks.add_argument(flag, **how)
+    task("--output", type=Path, help="folder for the masks: PNGs of class indices")
+    task("--test-split", action="store_true", help="score images/test of a folder dataset")
+    task("--export", type=Path, help="file for torch.export.load, such as model.pt2")
     add("--overlay", action="store_true", help="with --output: also name_overlay.jpg")
     add("--window", type=int, help="side of sliding windows, 0: none [as its run evaluates]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trees
-from few_shapes import ROOT, TINY
+from few_shapes import TINY
 from PIL import Image
 
 from common import predict, shapes
@@ -509,18 +509,3 @@ def test_the_exported_program_is_the_model_at_any_size(checkpoint, tmp_path, mon
         torch.testing.assert_close(logits, model(images).detach(), rtol=1e-4, atol=1e-4)
     with pytest.raises((AssertionError, RuntimeError)):
         program(torch.zeros(1, 3, 31, 64, dtype=torch.uint8))
-
-
-# --- the README ---
-
-
-def test_the_readmes_lines_run(few, light, tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Predictions\n")[1]
-    code = re.search(r"(?:^    .*\n)+", text[text.index("    from common.predict") - 1 :], re.M)[0]
-    monkeypatch.chdir(tmp_path)
-    script = import_module("cps")
-    script.train(script.Config(**TINY["cps"] | dict(labeled="1/4", iters=2)))
-    Path("runs/cps-shapes-1_4-s0").rename("runs/cps-shapes-1_40-s0")
-    Image.fromarray(picture()).save("photo.jpg")
-    exec(re.sub("^    ", "", code, flags=re.M), {})
-    assert Image.open("overlay.png").size == (60, 40)

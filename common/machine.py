@@ -4,7 +4,6 @@ import ctypes
 import inspect
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data._utils import signal_handling
 
 from common.flags import InputError, LoneError
 
@@ -111,11 +111,11 @@ def keep_memory() -> None:
 @contextmanager
 def shortages() -> Iterator[None]:
     """Raise LoneError, which says what to lower, where memory or a loader process was lost."""
+    # By a signal, torch would raise wherever the program is. Loaders look every five seconds, too.
+    signal_handling._SIGCHLD_handler_set = True
     try:
         yield
     except (EOFError, MemoryError, OSError, RuntimeError) as error:
-        if hasattr(signal, "SIGCHLD"):  # where torch raises for a lost loader process: once more
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = str(error)
         less = "lower --batch-size, with a larger --accum, or --crop-size"
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:

@@ -118,14 +118,18 @@ def add_lines(path: Path, lines: list[dict]) -> None:
 
 
 def complete_log(path: Path, lines: list[dict]) -> None:
-    """Add lines to a log, of which the last one is an evaluation.
+    """Add lines to a log, of which the last one is an evaluation, or sums up a stage.
 
-    That is added to the line which has the losses of its step.
+    An evaluation is added to the line which has the losses of its step. A stage's line takes the
+    place of the one that was written before a kill, and before the stage was done.
     """
     lines, entry = read_log(path) + lines[:-1], lines[-1]
+    if "stage" in entry:
+        place = entry["step"], entry["stage"]
+        lines = [line for line in lines if (line["step"], line.get("stage")) != place]
     same = [n for n, line in enumerate(lines) if line["step"] == entry["step"]]
     losses = [n for n in same if "stage" not in lines[n]]
-    if losses:
+    if losses and "stage" not in entry:
         lines[losses[-1]].pop("seconds")  # those of the evaluation count, at the line's end
         lines[losses[-1]] |= entry
     else:

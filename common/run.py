@@ -482,7 +482,7 @@ class Run:
         by_class = dict(zip(self.data.classes, values, strict=True))
         means = {name: other.nanmean().item() for name, other in others.items()}
         entry = {"step": done, "miou": self.miou if scored else None, "iou": by_class, **means}
-        self.history.append(entry)
+        self.history = [past for past in self.history if past["step"] < done] + [entry]
         self.done, self.saved = done, time.time()
         if self.rank:
             return
@@ -500,7 +500,7 @@ class Run:
         """A line of the log, and on the screen; one that is not finite could not be measured."""
         figures = {name: float(v) if math.isfinite(v) else None for name, v in figures.items()}
         if self.rank == 0:
-            self._write_log({"step": step + 1, "stage": stage, **figures})
+            self._write_log({"step": step + 1, "stage": stage, **figures}, complete_log)
             shown = "  ".join(f"{name} {v:.4g}" for name, v in figures.items() if v is not None)
             tqdm.write(f"step {step + 1}/{self.total}  {stage}: {shown}")
 

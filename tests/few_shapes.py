@@ -5,6 +5,7 @@ script by TINY, and saves what several processes must agree on; `few_shapes.py F
 EQUAL.
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -98,6 +99,45 @@ def finish(process, status=0):
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, err
     return out, err
+
+
+def argv(name: str, folder: Path, **flags) -> list[str]:
+    """A script's command line, of TINY's flags and these."""
+    words = []
+    for flag, value in (TINY[name] | flags | dict(output_dir=folder)).items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{flag.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def begin(name: str, words: list[str], **environment) -> multiprocessing.Process:
+    """A script as a program of its own, forked, so that nothing is imported again."""
+    script = import_module(name)
+    reads, writes = os.pipe()
+
+    def program():
+        os.setpgrp()  # a group of its own, as a terminal gives
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(writes, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        sys.argv = [f"{name}.py", *words]
+        main(script.train, script.Config, script.RECIPES)
+
+    process = multiprocessing.get_context("fork").Process(target=program)
+    process.start()
+    os.close(writes)
+    process.errors = os.fdopen(reads)
+    return process
+
+
+def end(process: multiprocessing.Process, status: int = 0) -> str:
+    """What a forked program said on stderr, but for losses; it has to end with the status."""
+    process.join(60)
+    with process.errors as errors:
+        said = "".join(line for line in errors if not line.startswith("step "))
+    assert process.exitcode == status, said
+    return said
 
 
 def shared(rank: int = 0, world: int = 1) -> dict:

@@ -2,8 +2,8 @@
 
     python tests/kill.py [SCRIPT ...] [--times 20] [--home FOLDER]
 
-Run by hand. Scripts run at their smallest, as few_shapes.py has them, and save every third of a
-second. A run is right if its checkpoints, its log and its pictures are bit for bit the same.
+Run by hand. Scripts run at their smallest, as few_shapes.py has them, and save ten times a second.
+A resumed run is right if all its files are bit for bit the same, but for the log's clock.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # more of them sum in no fixed order
 
-from few_shapes import TINY, finish, start  # noqa: E402
+from few_shapes import COUNTS, TINY, argv, begin, end, light_resnet  # noqa: E402
+
+from common import deeplab, shapes  # noqa: E402
 
 LONG = {  # by script: flags of runs that take some seconds
     "cps": dict(iters=100),
@@ -29,66 +31,59 @@ LONG = {  # by script: flags of runs that take some seconds
 }
 
 
-def command(name: str, folder: Path) -> list[str]:
-    """The words of a command line."""
-    words, flags = [name], TINY[name] | LONG[name]
-    flags |= dict(eval_every=40, save_every=1 / 180, output_dir=folder)
-    for flag, value in flags.items():
-        values = value if isinstance(value, tuple) else (value,)
-        words += [f"--{flag.replace('_', '-')}", *map(str, values)]
-    return [*words, "--resume"]
-
-
 def outcome(folder: Path) -> dict[str, object]:
     """What a run leaves that must be the same, by file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "config.json"]
     found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    del found["config.json"]
     lines = map(json.loads, found["log.jsonl"].splitlines())
     return found | {"log.jsonl": [line | {"seconds": 0} for line in lines]}
 
 
-def begin(name: str, folder: Path):
+def started(name: str, folder: Path):
     """A run whose first step is near."""
-    process = start(*command(name, folder))
-    while process.poll() is None and not (folder / "log.jsonl").exists():
-        time.sleep(0.01)
+    flags = LONG[name] | dict(eval_every=40, save_every=1 / 600)
+    process = begin(name, [*argv(name, folder, **flags), "--resume"])
+    while process.is_alive() and not (folder / "log.jsonl").exists():
+        time.sleep(0.001)
     return process
 
 
-def reached(folder: Path) -> str:
-    """The last line of a log, in short."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    line = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {}
-    return f"{line.get('step', 0)} {next((k for k in line if k.startswith('loss')), '')}".strip()
+def killed(name: str, folder: Path, seconds: float) -> str:
+    """Kill a run at a random moment before its end; where that was."""
+    while True:
+        process = started(name, folder)
+        time.sleep(random.uniform(0, seconds))
+        process.kill()
+        process.join()
+        if process.exitcode:
+            lines = (folder / "log.jsonl").read_text().splitlines()
+            return f"{len(lines)} lines of the log, the last one {lines[-1:]}"
+        shutil.rmtree(folder)  # it was faster
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("scripts", nargs="*", default=list(TINY), metavar="SCRIPT")
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="all four")
     parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--home", type=Path, default=None, help="where runs go [a new folder]")
+    parser.add_argument("--home", type=Path, help="where runs go [a new folder]")
     options = parser.parse_args()
     home = options.home or Path(tempfile.mkdtemp())
-    for name in options.scripts:
-        whole = home / f"{name}-whole"
-        process, began = begin(name, whole), time.time()
-        finish(process)
-        expected, seconds, right = outcome(whole), time.time() - began, 0
+    shapes.COUNTS, deeplab.dilated_resnet = COUNTS, light_resnet
+    for name in options.scripts or TINY:
+        process, began = started(name, home / f"{name}-whole"), time.time()
+        end(process)
+        seconds, right = time.time() - began, 0
+        expected = outcome(home / f"{name}-whole")
         for number in range(options.times):
-            cut = home / f"{name}-{number}"
-            process = begin(name, cut)
-            time.sleep(random.uniform(0, seconds))
-            process.kill()
-            killed = process.wait() != 0
-            where = reached(cut)
-            finish(start(*command(name, cut)))
-            found = outcome(cut)
-            wrong = [f for f in expected.keys() | found if expected.get(f) != found.get(f)]
-            right += killed and not wrong
-            print(f"{name} {number}: killed at {where}: {wrong or 'the same'}", flush=True)
+            folder = home / f"{name}-{number}"
+            where = killed(name, folder, seconds)
+            end(started(name, folder))
+            found = outcome(folder)
+            wrong = [f for f in expected | found if expected.get(f) != found.get(f)]
+            right += not wrong
+            print(f"{folder.name}: killed after {where[:90]}: {wrong or 'the same'}", flush=True)
             if not wrong:
-                shutil.rmtree(cut)
+                shutil.rmtree(folder)
         print(f"{name}: {right} of {options.times} the same", flush=True)
 
 

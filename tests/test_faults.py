@@ -18,7 +18,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from few_shapes import ROOT, TINY
+from few_shapes import ROOT, TINY, argv, begin, end
 from torch import nn
 
 import cps
@@ -36,44 +36,15 @@ LONG = {  # by script: runs of twelve steps or more that are evaluated once, by 
 every_script = pytest.mark.parametrize("name", TINY)
 
 
-def argv(name, folder, **flags):
-    """A script's command line."""
-    flags = TINY[name] | dict(eval_every=9999, save_every=0) | LONG[name] | flags
-    for flag, value in (flags | dict(output_dir=folder)).items():
-        values = value if isinstance(value, tuple) else (value,)
-        yield from (f"--{flag.replace('_', '-')}", *map(str, values))
+def words(name, folder, *more, **flags):
+    """A command line; the run is evaluated and saved at its end alone."""
+    flags = dict(eval_every=9999, save_every=0) | LONG[name] | flags
+    return [*argv(name, folder, **flags), *more]
 
 
-def begin(name, folder, *words, rank=0, world=1, port=0, **flags):
-    """A script as a program of its own, forked."""
-    script = import_module(name)
-    reads, writes = os.pipe()
-
-    def program():
-        os.setpgrp()  # a group of its own, as a terminal gives
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(writes, 2)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-        if world > 1:
-            where = dict(RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            os.environ.update({key: str(value) for key, value in where.items()})
-        sys.argv = [f"{name}.py", *argv(name, folder, **flags), *words]
-        main(script.train, script.Config, script.RECIPES)
-
-    process = multiprocessing.get_context("fork").Process(target=program)
-    process.start()
-    os.close(writes)
-    process.errors = os.fdopen(reads)
-    return process
-
-
-def end(process, status=0):
-    """What a program said on stderr, but for the losses; it has to end with the status."""
-    process.join(60)
-    with process.errors as errors:
-        said = "".join(line for line in errors if not line.startswith("step "))
-    assert process.exitcode == status, said
-    return said
+def run(name, folder, *more, status=0, **flags):
+    """What a script says in a process of its own."""
+    return end(begin(name, words(name, folder, *more, **flags)), status)
 
 
 def saved(folder):
@@ -122,33 +93,33 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 128 + signal.
 def test_stopped_and_killed_anywhere_a_run_goes_on_exactly(name, midway, tmp_path):
     """A signal loses no step, whichever stage it meets; SIGKILL those after the last write."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    end(begin(name, whole))
+    run(name, whole)
     done = 0
     for number, status in random.sample(list(STATUS.items()), 2):
         midway({random.randint(2, 4): send(number)})
-        end(begin(name, cut, "--resume"), status)
+        run(name, cut, "--resume", status=status)
         before, done = done, saved(cut)["step"]
         assert done == logged(cut)[-1]["step"] >= before
     midway({random.randint(2, 4): send(signal.SIGKILL)})
-    end(begin(name, cut, "--resume", save_every=1e-9), -9)
+    run(name, cut, "--resume", save_every=1e-9, status=-9)
     assert saved(cut)["step"] >= done
     midway({})
-    end(begin(name, cut, "--resume"))
+    run(name, cut, "--resume")
     same(cut, whole)
 
 
 def test_a_signal_says_where_the_run_is_and_how_to_go_on(midway, tmp_path, monkeypatch):
     midway({5: send(signal.SIGTERM)})
     folder = tmp_path / "run"
-    first, second = end(begin("cps", folder), 143).splitlines()
+    first, second = run("cps", folder, status=143).splitlines()
     assert first == "cps.py: interrupted: finishes the step and saves; another signal ends at once"
     assert second.startswith(f"stopped after step 5 of 12, saved in {folder}/last.pt; go on with: ")
-    assert second.endswith(f"python cps.py {' '.join(argv('cps', folder))} --resume")
+    assert second.endswith(f"python cps.py {' '.join(words('cps', folder))} --resume")
 
 
 def test_before_the_first_step_a_signal_ends_at_once(few, light, monkeypatch, tmp_path):
     monkeypatch.setattr(Run, "batches", lambda run, *_, **__: os.kill(os.getpid(), signal.SIGINT))
-    said = end(begin("cps", tmp_path / "run"), 130)
+    said = run("cps", tmp_path / "run", status=130)
     assert said == "cps.py: interrupted; the same command with --resume continues\n"
     assert not (tmp_path / "run/last.pt").exists()
 
@@ -162,7 +133,7 @@ def test_a_second_signal_ends_at_once(midway, tmp_path):
         send(signal.SIGINT)(run)
 
     midway({3: twice})
-    end(begin("cps", tmp_path / "run"), 130)
+    run("cps", tmp_path / "run", status=130)
     assert not (tmp_path / "run/last.pt").exists()
 
 
@@ -174,7 +145,7 @@ def test_a_signal_to_loader_processes_too_lets_them_give_the_steps_batch(number,
         time.sleep(0.1)
 
     midway({3: everywhere})
-    end(begin("cps", tmp_path / "run", workers=1), STATUS[number])
+    run("cps", tmp_path / "run", workers=1, status=STATUS[number])
     assert saved(tmp_path / "run")["step"] == 3
 
 
@@ -182,7 +153,8 @@ def in_two(folder, **flags):
     """A script in two processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return [begin("cps", folder, rank=rank, world=2, port=port, **flags) for rank in (0, 1)]
+    where = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [begin("cps", words("cps", folder, **flags), RANK=rank, **where) for rank in (0, 1)]
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(midway, tmp_path):
@@ -206,11 +178,11 @@ def test_a_notebook_is_interrupted_at_once_and_keeps_its_handlers(midway, tmp_pa
         cps.train(cps.Config(**flags))
     assert caught.type is KeyboardInterrupt
 
-    sys_argv, sys.argv = sys.argv, ["cps.py", *argv("cps", tmp_path / "again", iters=2)]
+    sys_argv, sys.argv = sys.argv, ["cps.py", *words("cps", tmp_path / "again", iters=2)]
     midway({})
     main(cps.train, cps.Config, cps.RECIPES)
     thread = threading.Thread(target=main, args=(cps.train, cps.Config, cps.RECIPES))
-    sys.argv = ["cps.py", *argv("cps", tmp_path / "thread", iters=2)]
+    sys.argv = ["cps.py", *words("cps", tmp_path / "thread", iters=2)]
     thread.start()
     thread.join()
     sys.argv = sys_argv
@@ -235,21 +207,21 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_it_is_whole(share, midwa
     """However much of the next one it takes. A line of the log does not end the run before that."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = dict(iters=4, eval_every=2)
-    end(begin("cps", whole, **flags))
+    run("cps", whole, **flags)
     midway({5: limit(int(share * (whole / "last.pt").stat().st_size))})  # in the third step
-    *first, last = end(begin("cps", cut, **flags), 2).splitlines()
+    *first, last = run("cps", cut, **flags, status=2).splitlines()
     problem = "{}: {} cannot be written (File too large); an earlier one is kept"
     assert last.replace("best", "last") == f"cps.py: {problem.format(cut, 'last.pt')}"
     assert first == [problem.format(cut, "log.jsonl")] * (share == 0)
     assert saved(cut)["step"] == 2 and names(cut) == names(whole)
     midway({})
-    end(begin("cps", cut, "--resume", **flags))
+    run("cps", cut, "--resume", **flags)
     same(cut, whole)
 
 
 def test_a_log_that_cannot_be_written_waits_until_it_can(midway, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    end(begin("cps", whole))
+    run("cps", whole)
 
     def away(run):
         (run.folder / "log.jsonl").rename(run.folder / "log")
@@ -260,24 +232,24 @@ def test_a_log_that_cannot_be_written_waits_until_it_can(midway, tmp_path):
         (run.folder / "log").rename(run.folder / "log.jsonl")
 
     midway({5: away, 9: back})
-    said = end(begin("cps", cut))
+    said = run("cps", cut)
     assert said.count("\n") == 1 and "log.jsonl cannot be written (Is a directory)" in said
     same(cut, whole)
 
 
 def test_what_a_kill_left_half_written_goes(midway, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    end(begin("cps", whole))
+    run("cps", whole)
 
     def kill_in_a_write(run):
         run.cfg.save_every = 1e-9
         os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 
     midway({1: lambda run: setattr(run.cfg, "save_every", 1e-9), 4: kill_in_a_write})
-    end(begin("cps", cut), -9)
+    run("cps", cut, status=-9)
     assert saved(cut)["step"] == 3 and "last.pt.tmp" in names(cut)
     midway({})
-    end(begin("cps", cut, "--resume"))
+    run("cps", cut, "--resume")
     assert names(cut) == names(whole)
     same(cut, whole)
 
@@ -290,7 +262,7 @@ def test_a_map_that_cannot_be_written_is_named(midway, tmp_path, monkeypatch):
         find(run, cfg, maps)
 
     monkeypatch.setattr(ial, "find_superpixels", on_a_full_disk)
-    said = end(begin("ial", tmp_path / "run"), 2)
+    said = run("ial", tmp_path / "run", status=2)
     assert f"{tmp_path}/run/maps/superpixels/train: 000 cannot be written (File too" in said
     assert said.count("\n") == 1
 
@@ -363,7 +335,7 @@ def test_divergence_in_another_process_names_that_ones_pictures(midway, drawn, t
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_lost_loader_process_is_named(number, midway, tmp_path):
     midway({3: lambda run: os.kill(multiprocessing.active_children()[0].pid, number)})
-    said = end(begin("cps", tmp_path / "run", "--supervised-only", workers=1), 2)
+    said = run("cps", tmp_path / "run", "--supervised-only", workers=1, status=2)
     line = "cps.py: a loader process was lost, mostly for want of memory; lower --workers; --resume"
     assert line in said and "Traceback" not in said
 
@@ -378,14 +350,14 @@ def out_of_gpu_memory(size):
 )
 def test_where_memory_does_not_suffice_it_says_what_to_lower(allocate, start, midway, tmp_path):
     midway({2: lambda run: allocate(2**50)})
-    said = end(begin("cps", tmp_path / "run"), 2)
+    said = run("cps", tmp_path / "run", status=2)
     assert said.startswith(f"cps.py: {start} does not suffice; lower --batch-size, ")
     assert said.count("\n") == 1
 
 
 def test_a_closed_pipe_ends_nothing(tmp_path):
-    words = shlex.join([*argv("cps", tmp_path / "run", iters=2)])
-    pipe = f"{sys.executable} {ROOT}/tests/few_shapes.py cps {words} | head -1"
+    line = shlex.join(words("cps", tmp_path / "run", iters=2))
+    pipe = f"{sys.executable} {ROOT}/tests/few_shapes.py cps {line} | head -1"
     where = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
     done = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], **where)
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)

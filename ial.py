@@ -610,7 +610,7 @@ def descend(run: Run, loss: Tensor, optimizer: SGD, schedule: lr_scheduler.Polyn
     run.backward(loss / run.cfg.accum)
     if run.more_to_come:
         return
-    run.scaler.unscale_(optimizer)
+    run.scaler.unscale_(optimizer)  # with --amp fp16: what is clipped is not the scaled loss's
     # Δ P: [ours] clipped; one rate for all layers.
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], run.cfg.clip)
     run.update(optimizer)

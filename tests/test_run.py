@@ -37,6 +37,7 @@ from common.flags import (
     Share,
     Span,
     check_config,
+    given_flags,
     parse_config,
     refuse_silence,
     with_recipe,
@@ -222,6 +223,14 @@ def test_what_would_have_no_effect_is_refused():
     # The recipe's own value is not one that the user gave.
     off = {"shapes": {}, "voc": RECIPES["voc"] | dict(switch=False)}
     refuse_silence(with_recipe(Typed, off, dataset="voc"), off, **ignored)
+
+
+def test_flags_that_somebody_gave_a_value_are_known():
+    """Of a recipe also those given its own value; of a config made by hand those that differ."""
+    words = ["--dataset", "voc", "--lr", "0.5", "--iters", str(Typed.iters)]
+    given = given_flags(parse_config(Typed, RECIPES, words), ("iters", "switch", "lr", "labeled"))
+    assert given == ["--iters", "--lr"]
+    assert given_flags(Typed(switch=False), ("iters", "switch")) == ["--switch"]
 
 
 def test_another_dataset_with_the_toys_settings_is_refused():

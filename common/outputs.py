@@ -197,8 +197,8 @@ def explained(path: Path) -> Iterator[None]:
         if cause is None:
             raise
         raise LoneError(
-            f"{path.parent}: {path.name} cannot be written ({cause.strerror or cause}); an earlier "
-            "one is kept"
+            f"{path.parent}: {path.name} cannot be written ({cause.strerror or cause}); what was "
+            "there before is kept"
         ) from error
 
 

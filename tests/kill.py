@@ -23,11 +23,11 @@ from few_shapes import COUNTS, TINY, argv, begin, end, light_resnet  # noqa: E40
 
 from common import deeplab, shapes  # noqa: E402
 
-LONG = {  # by script: flags of runs that take some seconds
-    "cps": dict(iters=100),
-    "psmt": dict(iters=100),
-    "cac": dict(iters=60, bank=2, accum=2),
-    "ial": dict(iters=20, rounds=2),
+LONG = {  # by script: flags of runs that take a few seconds
+    "cps": dict(iters=40),
+    "psmt": dict(iters=40),
+    "cac": dict(iters=24, bank=2, accum=2),
+    "ial": dict(iters=6, rounds=2),
 }
 
 
@@ -41,7 +41,7 @@ def outcome(folder: Path) -> dict[str, object]:
 
 def started(name: str, folder: Path):
     """A run whose first step is near."""
-    flags = LONG[name] | dict(eval_every=40, save_every=1 / 600)
+    flags = LONG[name] | dict(eval_every=15, save_every=1 / 600)
     process = begin(name, [*argv(name, folder, **flags), "--resume"])
     while process.is_alive() and not (folder / "log.jsonl").exists():
         time.sleep(0.001)

@@ -210,7 +210,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_it_is_whole(share, midwa
     run("cps", whole, **flags)
     midway({5: limit(int(share * (whole / "last.pt").stat().st_size))})  # in the third step
     *first, last = run("cps", cut, **flags, status=2).splitlines()
-    problem = "{}: {} cannot be written (File too large); an earlier one is kept"
+    problem = "{}: {} cannot be written (File too large); what was there before is kept"
     assert last.replace("best", "last") == f"cps.py: {problem.format(cut, 'last.pt')}"
     assert first == [problem.format(cut, "log.jsonl")] * (share == 0)
     assert saved(cut)["step"] == 2 and names(cut) == names(whole)

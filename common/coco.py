@@ -5,6 +5,7 @@ split, and a file with the classes that each picture shows.
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -25,6 +26,7 @@ from common.losses import VOID
 from common.machine import in_all_processes
 
 MADE = "SegmentationClass2017"  # the folder of masks below the dataset's root
+LARGEST = 2**27  # pixels of a picture: a mask of more is not begun
 FINE = 5  # outlines are drawn so many times as large: Pillow puts their corners on whole pixels
 
 
@@ -96,7 +98,7 @@ def _make_masks(root: Path, split: str, names: list[str], write: Callable) -> li
             return
         try:
             mask = draw(sizes[name], things.get(name, []))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{source}: picture {name} has no shape ({reason})") from error
         write(path, mask)
@@ -128,10 +130,21 @@ def _summary(root: Path, split: str) -> dict[str, Any] | None:
         raise InputError(f"{source}: missing; unpack annotations_trainval2017.zip beside {split}/")
     if not path.is_file():
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if summary["bytes"] != source.stat().st_size:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        same = summary["bytes"] == source.stat().st_size and _are_classes(summary["classes"])
+        same = same and set().union(*summary["shown"].values()) <= set(range(256))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        same = False
+    if not same:
         raise InputError(f"{path}: is of another {source.name}; remove {path.parent} to draw anew")
     return summary
+
+
+def _are_classes(names: Any) -> bool:
+    """Whether they are names, each of another class that a mask can hold."""
+    names_only = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names_only and 2 <= len(set(names)) == len(names) <= 254
 
 
 def read_instances(path: Path) -> Instances:
@@ -160,7 +173,9 @@ def read_instances(path: Path) -> Instances:
         things = defaultdict(list)
         for thing in content["annotations"]:
             things[names[thing.picture]].append(thing._replace(label=labels[thing.label]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not _are_classes(classes):
+            raise ValueError("categories must be 1 to 253, each with a name of its own")
+    except Exception as error:  # as many kinds as there are ways to be another file
         reason = " ".join(repr(error).split())
         raise InputError(f"{path}: not COCO's instances ({reason}); unpack it again") from error
     return Instances(classes, sizes, things)
@@ -174,6 +189,8 @@ def draw(size: tuple[int, int], things: list[Thing]) -> np.ndarray:
 
     What no instance covers is background.
     """
+    if math.prod(size) > LARGEST:
+        raise ValueError(f"{size} is too large")
     mask = np.zeros(size, np.uint8)
     for thing in sorted(things, key=lambda thing: -thing.area):
         value = VOID if thing.crowd else thing.label
@@ -196,10 +213,11 @@ def _paint(mask: np.ndarray, outlines: list[array], value: int) -> None:
     if not (first < last).all():  # out of the picture
         return
     width, height = (last - first).tolist()
-    canvas = Image.new("L", (width * FINE, height * FINE))
+    fine = FINE if width * height <= LARGEST / 8 else 1  # 400 MB
+    canvas = Image.new("L", (width * fine, height * fine))
     for part in parts:
-        ImageDraw.Draw(canvas).polygon(((part - first) * FINE).ravel().tolist(), fill=1)
-    inside = np.asarray(canvas)[FINE // 2 :: FINE, FINE // 2 :: FINE] > 0
+        ImageDraw.Draw(canvas).polygon(((part - first) * fine).ravel().tolist(), fill=1)
+    inside = np.asarray(canvas)[fine // 2 :: fine, fine // 2 :: fine] > 0
     mask[first[1] : last[1], first[0] : last[0]][inside] = value
 
 
@@ -209,6 +227,8 @@ def decode(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"of size {shape['size']}, not {list(size)}")
     counts = shape["counts"]
     runs = unpack(counts) if isinstance(counts, str) else counts
+    if min(runs) < 0 or sum(runs) != math.prod(size):  # before so many pixels are made
+        raise ValueError("its runs are not as many pixels as the picture has")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
 
 

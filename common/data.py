@@ -5,6 +5,7 @@ unlabelled, validation. There are `shapes` (drawn, no files), `folder`, `voc`, `
 `cityscapes`.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,9 +23,11 @@ from common.bars import tqdm
 from common.flags import InputError, LoneError
 from common.layouts import (
     BAD,
+    DRAWN,
     LAYOUTS,
     Data,
     Pair,
+    count_values,
     find_pictures,
     need_folder,
     read_header,
@@ -61,6 +64,13 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     for image in sorted(same_files(data.val, chosen).values()):
         raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
     others = _choose_unlabeled(unlabeled, data.train, data.root, chosen, unique)
+    for flag, path, pairs in (("--labeled", labeled, chosen), ("--unlabeled", unlabeled, others)):
+        files = [file for pair in pairs for file in pair if file] if os.path.isfile(path) else []
+        top = os.path.abspath(data.root)
+        files = [file for file in files if not Path(os.path.abspath(file)).is_relative_to(top)]
+        if files:
+            also = f" and {len(files) - 1} more" * (len(files) > 1)
+            data.notes.append(f"{flag} {path}: names files outside {data.root}: {files[0]}{also}")
     seen = same_files(data.val, others)
     if seen:
         (image, _), other = others[min(seen)], seen[min(seen)]
@@ -88,7 +98,7 @@ def same_files(first: Sequence[Pair], second: Sequence[Pair]) -> dict[int, str]:
     def file(path: str) -> object:
         try:
             status = os.stat(path)
-        except OSError:  # drawn, or missing
+        except (OSError, ValueError):  # drawn, missing, or no name of a file
             return path
         return status.st_dev, status.st_ino
 
@@ -198,8 +208,8 @@ def _read_list(
             continue
         where = f"{flag} {path}: line {number}: {line!r}"
         # A name may hold spaces: they part picture and mask only where the line is no picture.
-        whole = root / line.lstrip("/")
-        words = [line] if whole.is_file() else line.split("\t") if "\t" in line else line.split()
+        whole = os.path.isfile(root / line.lstrip("/"))
+        words = [line] if whole else line.split("\t") if "\t" in line else line.split()
         words = [word.strip().lstrip("/") for word in words]
         image, *masks = (str(root / word) for word in words)
         masks = masks if flag == "--labeled" else []  # no mask of an unlabelled picture is needed
@@ -249,31 +259,33 @@ def check(
     pictures', void last. Raises InputError for an unreadable file, a mask of another size than its
     picture, a mask value that is no class, and a picture under 32 pixels that is predicted whole:
     in validation, and in training where there are tags. The files are shared out over the
-    processes, and all of them raise.
+    processes, and all of them raise. Fills `data.files`, by path below the root: a hash of each
+    such file's content, and "" for an unlabelled picture.
 
     unlabeled: "headers" reads of unlabelled pictures no more than that, "full" decodes them,
     "unused" reads nothing. fits(path, height, width) may refuse a training picture.
     """
     splits = [set(data.labeled), set(data.val)]
-    pairs = sorted(splits[0] | splits[1])[rank::world]
+    every = sorted(splits[0] | splits[1])
+    pairs = every[rank::world]
     predicted = {image for image, _ in (data.val if data.tags is None else data.val + data.labeled)}
     classes = len(data.classes)
 
-    def check_pair(pair: Pair) -> np.ndarray:
+    def check_pair(pair: Pair) -> tuple[np.ndarray, list[int]]:
         image = read_image(pair[0])
         if pair in splits[0]:
             fits(pair[0], *image.shape[:2])
         if pair[0] in predicted and min(image.shape[:2]) < 32:
             raise InputError(f"{pair[0]}: is under 32 x 32 pixels, too small to be predicted")
         if pair[1] is None:
-            return np.zeros(classes + 1, np.int64)
+            return np.zeros(classes + 1, np.int64), [_hash(pair[0]), 0]
         mask = read_mask(pair[1])
         if image.shape[:2] != mask.shape:
             raise InputError(
                 f"{pair[1]}: is {mask.shape[1]} x {mask.shape[0]} pixels, its picture {pair[0]} "
                 f"{image.shape[1]} x {image.shape[0]}"
             )
-        counts = np.bincount(mask.ravel(), minlength=256)
+        counts = count_values(mask)
         values = np.flatnonzero(counts)
         if (data.lookup[values] == BAD).any():
             known = np.flatnonzero(data.lookup != BAD)
@@ -282,7 +294,8 @@ def check(
                 f"{known[0]} to {known[-2]}, and 255 for void ({classes} classes)"
             )
         by_class = np.bincount(data.lookup, counts, minlength=256).astype(np.int64)
-        return np.append(by_class[:classes], by_class[VOID])
+        counts = np.append(by_class[:classes], by_class[VOID])
+        return counts, [_hash(path) for path in pair]  # just read, they are in memory
 
     def check_unlabeled(image: str) -> InputError | None:
         try:
@@ -291,29 +304,49 @@ def check(
             return error
         fits(image, *size)
 
-    def check_share() -> np.ndarray:
-        images = [] if unlabeled == "unused" else [image for image, _ in data.unlabeled]
+    others = [] if unlabeled == "unused" else [image for image, _ in data.unlabeled]
+
+    def check_share() -> tuple[np.ndarray, np.ndarray]:
         known = {image for image, _ in pairs}
-        images = [image for image in images[rank::world] if image not in known]
+        images = [image for image in others[rank::world] if image not in known]
         totals = np.zeros((2, classes + 1), np.int64)
+        hashes = np.zeros((len(every), 2), np.uint64)
         # Decoding releases the interpreter's lock, so that threads suffice.
         with ThreadPoolExecutor() as pool:
             count, hidden = len(pairs) + len(images), rank > 0 or None
             with tqdm(None, "checking pictures", count, leave=False, disable=hidden) as bar:
-                for pair, counts in zip(pairs, pool.map(check_pair, pairs), strict=True):
-                    totals[[pair in split for split in splits]] += counts
+                for number, (counts, own) in enumerate(pool.map(check_pair, pairs)):
+                    totals[[pairs[number] in split for split in splits]] += counts
+                    hashes[rank + number * world] = own
                     bar.update()
                 broken = {}
                 for image, error in zip(images, pool.map(check_unlabeled, images), strict=True):
                     broken |= {image: error} if error else {}
                     bar.update()
         if broken:
-            first, *others = broken
-            more = f" ({len(others)} more unlabelled pictures cannot be read: {shortened(others)})"
-            raise InputError(f"{broken[first]}{more * bool(others)}")
-        return totals
+            first, *rest = broken
+            more = f" ({len(rest)} more unlabelled pictures cannot be read: {shortened(rest)})"
+            raise InputError(f"{broken[first]}{more * bool(rest)}")
+        return totals, hashes
 
-    return gather_sum(in_all_processes(check_share))
+    totals, hashes = map(gather_sum, in_all_processes(check_share))
+    listed = [(image, "") for image in others]
+    for pair, row in zip(every, hashes.tolist(), strict=True):
+        listed += [(path, f"{value:016x}") for path, value in zip(pair, row, strict=True) if path]
+    start = f"{data.root}{os.sep}"
+    data.files = {
+        Path(path.removeprefix(start)).as_posix(): value
+        for path, value in listed
+        if not path.startswith(DRAWN)
+    }
+    return totals
+
+
+def _hash(path: str) -> int:
+    """64 bits of a file's SHA-256; 0 of a picture that is drawn."""
+    if path.startswith(DRAWN):
+        return 0
+    return int.from_bytes(hashlib.sha256(Path(path).read_bytes()).digest()[:8], "big")
 
 
 def describe(data: Data, counts: np.ndarray) -> str:
@@ -446,7 +479,7 @@ def read_pair(pair: Pair, lookup: np.ndarray) -> tuple[Tensor, Tensor]:
     image = torch.from_numpy(read_image(pair[0])).permute(2, 0, 1)
     if pair[1] is None:
         return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
-    return image, torch.from_numpy(np.take(lookup, read_mask(pair[1])))
+    return image, torch.from_numpy(lookup[read_mask(pair[1])])
 
 
 def training_loader(

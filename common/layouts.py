@@ -3,7 +3,8 @@
 import hashlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -19,6 +20,7 @@ from common.losses import VOID
 
 BAD = 254  # in a lookup: a mask value that stands for nothing
 DRAWN = "shapes:"  # before the id of a picture that is drawn, not read
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow has a program decode others
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 MASK_ENDS = ("", "_mask", "_label", "_gt")  # what a mask's name has besides its picture's
 FOLDER = "classes.txt, images/{train,val}/NAME.jpg, masks/{train,val}/NAME.png"
@@ -69,6 +71,7 @@ class Data:
     unlabeled: list[Pair] = field(default_factory=list)
     tags: Tensor | None = None  # (N, K - 1) bool: the classes but 0 that the training pictures show
     notes: list[str] = field(default_factory=list)  # what the user should know of the lists
+    files: dict[str, str] = field(default_factory=dict)  # what `common.data.check` read, hashed
 
     def summary(self) -> str:
         """Counts, a hash of what teaches that is equal on every machine, and the classes."""
@@ -222,6 +225,9 @@ def voc_layout(root: Path) -> Data:
         masks, train = augmented, sorted(set(find_pictures(augmented)) - set(val))
     else:
         masks, train = root / "SegmentationClass", read_lines(lists / "train.txt")
+    for name in (*train, *val):  # files of the run are called by ids, too
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{lists}: the id {name} leads out of JPEGImages; remove it")
     splits = [
         {name: _pair(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png") for name in names}
         for names, folder in ((train, masks), (val, root / "SegmentationClass"))
@@ -268,7 +274,7 @@ def coco_layout(root: Path) -> Data:
 
 
 def _pair(image: Path, mask: Path) -> Pair:
-    return str(image), str(mask) if mask.is_file() else None
+    return str(image), str(mask) if os.path.isfile(mask) else None
 
 
 def _data(
@@ -347,6 +353,8 @@ def read_lines(path: Path) -> list[str]:
 def read_numbered(path: Path) -> list[tuple[int, str]]:
     """The same lines with their numbers in the file, from 1."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no such file")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
@@ -364,6 +372,11 @@ def read_image(path: str) -> np.ndarray:
 def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
     """The same of an opened picture; the name is for the InputError of one that has no 8 bits."""
     _check_mode(name, image.mode)
+    with decoding(name, "picture"):
+        return _upright_rgb(image)
+
+
+def _upright_rgb(image: Image.Image) -> np.ndarray:
     # By hand, for ImageOps.exif_transpose also writes the EXIF data back, and damaged ones fail.
     try:
         orientation = image.getexif().get(0x0112)
@@ -398,7 +411,13 @@ def read_mask(path: str) -> np.ndarray:
             f"{path}: has Pillow mode {mask.mode}; a mask must be a PNG of class indices, "
             "8-bit grey or palette, with 255 for void"
         )
-    return np.array(mask, np.uint8)
+    with decoding(path, "mask"):
+        return np.array(mask, np.uint8)
+
+
+def count_values(mask: np.ndarray) -> np.ndarray:
+    """How often a mask (H, W) uint8 has each value, (256,); bincount takes 8 bytes a pixel."""
+    return np.array(Image.fromarray(mask).histogram())
 
 
 def write_mask(path: Path, values: np.ndarray) -> None:
@@ -412,13 +431,20 @@ def write_mask(path: Path, values: np.ndarray) -> None:
 
 
 def _open(path: str, kind: str, decode: bool = True) -> Image.Image:
-    try:
-        image = Image.open(path)
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{path}: no such {kind}")
+    with decoding(path, kind):
+        image = Image.open(path, formats=FORMATS)
         if decode:
             image.load()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such {kind}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable {kind} ({reason}); replace it") from error
     return image
+
+
+@contextmanager
+def decoding(path: str, kind: str) -> Iterator[None]:
+    """Whatever a decoder raises is an InputError: for damaged files Pillow has a dozen kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a readable {kind} ({reason}); replace it") from error

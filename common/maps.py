@@ -80,19 +80,36 @@ class Maps:
         path = self.folder / kind / self.names[index]
         try:
             if Path(f"{path}.png").is_file():
-                with Image.open(f"{path}.png") as png:
-                    return torch.from_numpy(np.array(png, np.int64))
-            stored = torch.from_numpy(np.load(f"{path}.npy").astype(np.float32))
-        except (OSError, EOFError, ValueError) as error:
-            raise LoneError(f"{path}: lost or damaged ({error}); start the run afresh") from error
-        probs = stored.new_zeros(self.num_classes, *stored.shape[1:])
-        probs[self.possible[index]] = stored
-        return probs
+                with Image.open(f"{path}.png", formats=["PNG"]) as png:
+                    labels = torch.from_numpy(np.array(png, np.int64))
+                if labels.ndim != 2:
+                    raise ValueError("no indices")
+                return labels
+            if not Path(f"{path}.npy").is_file():  # a pipe would be waited for
+                raise OSError("no such file")
+            # Mapped, for a damaged header may name any size: then the file is too short.
+            stored = torch.from_numpy(np.load(f"{path}.npy", mmap_mode="r").astype(np.float32))
+            probs = stored.new_zeros(self.num_classes, *stored.shape[1:])
+            probs[self.possible[index]] = stored
+            return probs
+        except Exception as error:  # Pillow and numpy raise a dozen kinds
+            reason = " ".join(str(error).split())
+            raise LoneError(f"{path}: lost or damaged ({reason}); start the run afresh") from error
 
     def draw(self, index: int, kinds: Sequence[str]) -> list[Tensor]:
         """A picture's maps of these kinds; also "image", its "tags", and its mask, the "truth"."""
         other = dict(image=self.image, tags=self.tags.__getitem__, truth=self.truth)
-        return [other[kind](index) if kind in other else self.read(kind, index) for kind in kinds]
+        parts = [other[kind](index) if kind in other else self.read(kind, index) for kind in kinds]
+        cells = {part.shape[-2:] for part in parts if part.is_floating_point()}
+        full = [part for part in parts if part.ndim > 1 and not part.is_floating_point()]
+        sizes = {part.shape[-2:] for part in full}
+        cells |= {torch.Size(-(-side // self.stride) for side in size) for size in sizes}
+        if len(sizes) > 1 or len(cells) > 1:
+            raise LoneError(
+                f"{self.pairs[index][0]}: has another size than its files in {self.folder}; start "
+                "the run afresh"
+            )
+        return parts
 
     @cached_property
     def count(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from common import coco
 from common.data import Data, layout
 from common.flags import InputError
-from common.layouts import BAD, read_mask, read_numbered, shortened
+from common.layouts import BAD, count_values, read_mask, read_numbered, shortened
 from common.losses import VOID
 
 BACKGROUNDS = ("background", "_background_", "ground")  # names of a class 0 that is no tag
@@ -119,9 +119,14 @@ def _read_xml(found: Data, name: str) -> set[int]:
     """The classes of the objects in VOC's annotation of a picture."""
     path = found.root / "Annotations" / f"{name}.xml"
     try:
-        objects = ElementTree.parse(path).iterfind("object/name")
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no such file")
+        text = path.read_bytes()
+        if b"<!DOCTYPE" in text.replace(b"\0", b""):  # in UTF-16, too
+            raise ValueError("it declares entities, which may grow to gigabytes")
+        objects = ElementTree.fromstring(text).iterfind("object/name")
         classes = {re.sub(r"\s", "", item.text or "") for item in objects}
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, ElementTree.ParseError) as error:
         raise InputError(f"{path}: unreadable ({error}); write a tags.txt instead") from error
     return {found.classes.index(tag) for tag in classes if tag in found.classes}
 
@@ -130,5 +135,5 @@ def _classes_in_mask(found: Data, name: str) -> set[int]:
     image, mask = found.train[name]
     if mask is None:
         raise InputError(f"{image}: has neither mask nor tags; write {found.root / 'tags.txt'}")
-    values = found.lookup[np.flatnonzero(np.bincount(read_mask(mask).ravel(), minlength=256))]
+    values = found.lookup[np.flatnonzero(count_values(read_mask(mask)))]
     return {int(value) for value in values if value not in (0, BAD, VOID)}

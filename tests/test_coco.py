@@ -192,6 +192,30 @@ DAMAGES = {  # the file, what is done to it, what the message says
         edit(lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, 6, 7]])),
         "picture 000000000009 has no shape",
     ),
+    "a picture of terabytes": (
+        TRAIN,
+        edit(lambda c: [picture.update(height=10**6, width=10**6) for picture in c["images"]]),
+        "has no shape .*too large",
+    ),
+    "runs of gigabytes": (
+        TRAIN,
+        edit(lambda c: c["annotations"][2]["segmentation"].update(counts=[0, 10**10])),
+        "000000000025 has no shape .*its runs",
+    ),
+    "negative runs": (
+        TRAIN,
+        edit(lambda c: c["annotations"][2]["segmentation"].update(counts=[-1, 48 * 64 + 1])),
+        "000000000025 has no shape .*its runs",
+    ),
+    "no number": (TRAIN, edit(lambda c: c["annotations"][0].update(area=10**400)), "instances"),
+    "deep": (TRAIN, b"[" * 10**5, "not COCO's instances"),
+    "a name that is none": (VAL, edit(lambda c: c["categories"][0].update(name=7)), "categories"),
+    "a name twice": (VAL, edit(lambda c: c["categories"][1].update(name="dog")), "categories must"),
+    "300 categories": (
+        TRAIN,
+        edit(lambda c: c["categories"].extend(dict(id=n, name=str(n)) for n in range(100, 400))),
+        "categories must be 1 to 253",
+    ),
     "size of runs": (TRAIN, runs_of([64, 48]), r"000000000030 has no shape \(of size \[64, 48\]"),
     "unknown picture": ("train2017/extra.jpg", "000000000009.jpg", "knows no such picture"),
     "not writable": ("SegmentationClass2017", b"", "cannot be written .*make a folder of your own"),
@@ -214,6 +238,20 @@ def test_a_broken_tree_is_refused_by_the_file(root, name):
     text = str(caught.value)
     named = {"categories": "annotations", "unknown picture": "train2017/extra"}.get(name, damaged)
     assert str(root / named) in text and re.search(words, text) and "\n" not in text, text
+
+
+def test_a_damaged_summary_is_refused(root):
+    loaded(root)
+    path = root / coco.MADE / "train2017.json"
+    whole = json.loads(path.read_text())
+    for content in (b"", b"[]", b"{}", b"7", b"\xff", b"[" * 10**5, b"9" * 10**4):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="train2017.json: is of another .*to draw anew"):
+            loaded(root)
+    for name, value in (("classes", [1, 2]), ("classes", "ab"), ("shown", []), ("shown", {"9": 1})):
+        path.write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(InputError, match="train2017.json: is of another"):
+            loaded(root)
 
 
 def test_masks_of_another_annotation_file_are_refused(root):

@@ -6,6 +6,8 @@ import re
 import shutil
 import struct
 import time
+import tracemalloc
+import zlib
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ import pytest
 import torch
 import trees
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from common import shapes
 from common.augment import train_view, whole_view
@@ -26,11 +29,12 @@ from common.data import (
     describe,
     draws_loader,
     load,
+    read_pair,
     training_loader,
     val_loader,
 )
 from common.flags import InputError, LoneError
-from common.layouts import read_image, read_mask
+from common.layouts import count_values, read_image, read_mask, upright_rgb
 
 
 @pytest.fixture
@@ -338,6 +342,25 @@ def test_lists_may_name_files_elsewhere_and_with_a_space(root, listed):
     assert data.labeled == [(str(root / "images/train/000.jpg"), str(root / "extra mask.png"))]
 
 
+def test_a_list_that_leaves_the_root_is_told_once(root, tmp_path, listed):
+    """A list from elsewhere may name any file of the machine by ..; absolute paths begin below."""
+    shutil.move(root / "images/train/005.jpg", tmp_path / "far.jpg")
+    shutil.copy(root / "masks/train/001.png", tmp_path / "far.png")
+    path = listed(
+        "001\n../far.jpg ../far.png\nimages/../images/train/002.jpg masks/train/002.png\n"
+    )
+    told = f"{path}: names files outside {root}: {root / '../far.jpg'}"
+    data = loaded(root, path)
+    assert [note for note in data.notes if "outside" in note] == [f"--labeled {told} and 1 more"]
+    data = loaded(root, "1/2", path)
+    assert [note for note in data.notes if "outside" in note] == [f"--unlabeled {told}"]
+    (tmp_path / "photos").mkdir()
+    shutil.move(tmp_path / "far.jpg", tmp_path / "photos")  # a folder is named knowingly
+    assert not any("outside" in n for n in loaded(root, "1/2", tmp_path / "photos").notes)
+    text = message(root, listed(f"{tmp_path / 'photos/far.jpg'}\n"))
+    assert f"{root}{tmp_path / 'photos/far.jpg'} does not exist" in text
+
+
 # A line of each kind that the lists of released code have, with the picture it stands for.
 RELEASED = {
     "voc": {
@@ -529,6 +552,25 @@ def deepen(path):
     Image.fromarray(np.zeros((48, 64), np.uint16)).save(path.with_suffix(".png"))
 
 
+def pipe(path):
+    """It would be waited for, for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def strange(path):
+    """A file that Pillow hands to another program, Ghostscript, whatever its name."""
+    Image.new("RGB", (64, 48)).save(path, "EPS")
+
+
+def claim(path):
+    """100,000 x 100,000 pixels, in 70 bytes."""
+    content = bytearray(Image.new("L", (1, 1))._repr_png_())
+    content[16:24] = struct.pack(">II", 100_000, 100_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
 def convert(mode):
     return lambda path: Image.open(path).convert(mode).save(path)
 
@@ -555,6 +597,9 @@ FOLDER = {
     "no val picture": ("images/val", empty, "", "no validation picture"),
     "picture is text": (IMAGE, b"hello", IMAGE, "not a readable picture"),
     "picture empty": (IMAGE, b"", IMAGE, "not a readable picture"),
+    "picture is PostScript": (IMAGE, strange, IMAGE, "not a readable picture .*cannot identify"),
+    "picture of gigapixels": (IMAGE, claim, IMAGE, "not a readable picture .*decompression bomb"),
+    "classes are a pipe": ("classes.txt", pipe, "classes.txt", "missing"),
     "picture cut short": (IMAGE, cut, IMAGE, "not a readable picture .*truncated"),
     "val picture cut short": (VAL, cut, VAL, "not a readable picture"),
     "picture of 16 bits": (IMAGE, deepen, PNG, "has Pillow mode I.*8-bit RGB"),
@@ -572,6 +617,12 @@ FOLDER = {
     "two of one stem": (PNG, draw(), PNG, f"has the same name as .*{IMAGE}"),
 }
 VOC = {
+    "picture is a pipe": (GONE, pipe, GONE, "no such picture"),
+    "list is a pipe": (LIST, pipe, LIST, "no such file"),
+    "an id with a NUL": (LIST, b"2007\0\n", "JPEGImages/2007", "without a mask"),
+    "an id of 10,000 letters": (LIST, b"x" * 10_000, "JPEGImages/xxx", "without a mask"),
+    "an id that leads out": (LIST, b"../../other/7\n", LIST[:-8], "id ../../other/7 leads out"),
+    "an absolute id": (LIST, b"/tmp/7\n", LIST[:-8], "id /tmp/7 leads out"),
     "no pictures": ("JPEGImages", None, "JPEGImages", "missing"),
     "no list": (LIST, None, LIST, "missing"),
     "picture missing": (GONE, None, GONE, "no such picture"),
@@ -608,6 +659,55 @@ def test_a_broken_tree_is_refused_by_the_file(tmp_path, dataset, name):
     assert str(root / named) in text and re.search(words, text), text
 
 
+def test_files_are_hashed_by_content_each_in_one_process(root):
+    data = loaded(root, "1/2")
+    whole, parts = data.files, []
+    for rank in range(2):
+        check(data, rank, 2)
+        parts.append({name: int(value or "0", 16) for name, value in data.files.items()})
+    assert len(whole) == 3 * 2 + 3 + 3 * 2 and [n for n in whole if not whole[n]] == [
+        f"images/train/{name}.jpg" for name in ("001", "003", "005")
+    ]
+    for name, value in whole.items():
+        content = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        assert value in ("", content[:16])
+        assert sorted(part[name] for part in parts) == [0, int(value or "0", 16)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), struct.error("unpack"), RuntimeError("a\nb")])
+def test_whatever_a_decoder_raises_is_one_line(root, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    for name in ("load", "convert", "transpose"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, name, fail)
+            patch.setattr(JpegImageFile, name, fail)
+            if name != "load":
+                image = Image.new("L", (40, 40))
+                image.getexif()[0x0112] = 6
+                with pytest.raises(InputError, match="^image: not a readable picture \\("):
+                    upright_rgb(image, "image")
+            else:
+                assert f"{root / IMAGE}: not a readable picture (" in message(root)
+
+
+def test_masks_take_little_more_memory_than_their_pixels(root):
+    """Of a bomb of 170 million pixels numpy's bincount and take would each make a gigabyte."""
+    mask = np.random.default_rng(0).integers(0, 256, (1000, 1000), dtype=np.uint8)
+    assert (count_values(mask) == np.bincount(mask.ravel(), minlength=256)).all()
+    trees.save_mask(root / MASK, mask)
+    lookup = np.arange(256, dtype=np.uint8)
+    tracemalloc.start()
+    count_values(mask)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    read_pair((str(root / IMAGE), str(root / MASK)), lookup)
+    peaks = peak, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(peaks) < 4 * mask.size
+
+
 def test_first_of_several_bad_files_is_the_one_named(root):
     """Files are checked in parallel, and still the message does not depend on chance."""
     for name in ("005", "001", "003"):
@@ -642,6 +742,8 @@ def test_bad_labelled_flag(root, labeled):
 
 
 BAD_LISTS = {
+    "a NUL": ("images/train/0\0.jpg\n", "images/train/0\0.jpg", "does not exist"),
+    "a name of 10,000 letters": ("x" * 10_000, "x" * 10_000, "does not exist"),
     "missing picture": ("003\nimages/train/099.jpg\n", "images/train/099.jpg", "does not exist"),
     "missing id": ("003\n099\n", "099", "is no training id"),
     "missing mask": ("/images/train/003.jpg /masks/nil.png", "masks/nil.png", "does not exist"),

@@ -1,9 +1,11 @@
 """IAL's stages and the maps between them: what each learns from, what it leaves, resuming."""
 
+import io
 import json
 import math
 import pickle
 import shutil
+import struct
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ import ial
 from common import deeplab
 from common.augment import normalise
 from common.colors import DISTINCT, GREY
+from common.flags import LoneError
 from common.losses import VOID
 from common.maps import Maps, at_pixels, pad
 from common.panels import CELL, MARK
@@ -489,6 +492,33 @@ def test_maps_of_any_device_are_written(data, tmp_path, monkeypatch):
     assert asked[:3] == [(4, 5), (3, 4, 5), (2, 3, 4, 5)]
 
 
+def header(shape, kind="<f2"):
+    """An array's file, of few bytes whatever its shape."""
+    text = str(dict(descr=kind, fortran_order=False, shape=shape)).encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(24)
+
+
+def png_of(image):
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def test_maps_of_a_picture_that_was_replaced_are_refused(data, tmp_path):
+    """It may be, by --resume changed; superpixels of other pixels are none."""
+    maps = maps_of(tmp_path, data)
+    height, width = maps.image(0).shape[1:]
+    cells = -(-height // maps.stride), -(-width // maps.stride)
+    maps.write("labels", 0, torch.zeros(height, width).long())
+    maps.write("probs", 0, torch.zeros(3, *cells))
+    assert len(maps.draw(0, ("image", "labels", "probs", "tags"))) == 4
+    maps.write("wide", 0, torch.zeros(height, width + 1).long())
+    maps.write("long", 0, torch.zeros(3, cells[0] + 1, cells[1]))
+    for kind in ("wide", "long"):
+        with pytest.raises(LoneError, match="has another size than its files in .*start the run"):
+            maps.draw(0, ("image", kind))
+
+
 def test_lost_maps_are_named(data, tmp_path):
     maps = maps_of(tmp_path, data)
     folder = tmp_path / "maps/unary1"
@@ -498,7 +528,13 @@ def test_lost_maps_are_named(data, tmp_path):
         ("npy", b"junk"),
         ("npy", b"\x93NUMPY"),
         ("png", b"\x89P"),
+        ("npy", header((10**6, 10**6))),  # terabytes
+        ("npy", header((3, 4))),
+        ("npy", header((2, 2, 2), "|O")),
+        ("png", png_of(Image.new("RGB", (4, 4)))),
     ):
+        for path in folder.iterdir():
+            path.unlink()
         if suffix:
             (folder / f"001.{suffix}").write_bytes(content)
         with pytest.raises(InputError, match="unary1/001: lost or damaged"):

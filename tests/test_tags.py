@@ -1,5 +1,6 @@
 """Tags of training pictures: drawn, from masks, tags.txt and VOC's XML; merging into background."""
 
+import os
 import shutil
 
 import numpy as np
@@ -284,6 +285,29 @@ def test_annotations_that_cannot_be_read_are_refused(tmp_path):
         path = root / "VOC2012/Annotations" / f"{trees.VOC_TRAIN[1]}.xml"
         assert message.startswith(str(path)) and "tags.txt" in message
         path.write_text("<annotation><object>")
+
+
+ENTITIES = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 10))
+OUTSIDE = '<!DOCTYPE a [<!ENTITY e SYSTEM "{}">]><a><object><name>&e;</name></object></a>'
+HOSTILE = {
+    "a bomb": f'<!DOCTYPE a [<!ENTITY e0 "cat">{ENTITIES}]><a>&e9;</a>',
+    "a small one": '<!DOCTYPE a [<!ENTITY e "cat">]><a><object><name>&e;</name></object></a>',
+    "another file": OUTSIDE.format("tags.txt"),
+    "a server": OUTSIDE.format("http://127.0.0.1:9/"),
+}
+
+
+@pytest.mark.parametrize("code", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_annotations_that_declare_entities_are_refused(content, code, tmp_path):
+    root = trees.voc_tree(tmp_path, aug=False)
+    write_xml(root, trees.VOC_TRAIN[0], "cat")
+    path = root / "VOC2012/Annotations" / f"{trees.VOC_TRAIN[0]}.xml"
+    path.write_bytes(content.encode(code))
+    assert refusal("voc", str(root)).startswith(f"{path}: unreadable (it declares entities")
+    path.unlink()
+    os.mkfifo(path)  # would be waited for
+    assert refusal("voc", str(root)).startswith(f"{path}: unreadable (no such file)")
 
 
 @pytest.mark.parametrize(

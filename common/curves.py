@@ -96,7 +96,7 @@ def draw(found: dict[str, dict[str, Points]], title: str) -> Image.Image:
     for name, curves in found.items():
         values = [v for curve in curves.values() for _, v in curve if not math.isnan(v)]
         low, high = min(values, default=0.0), max(values, default=1.0)
-        logarithmic = name.startswith(LOSS) and 0 < 20 * low < high
+        logarithmic = name.startswith(LOSS) and 1e-99 < 20 * low < high
         axes[name] = (log_ticks if logarithmic else ticks)(low, high), logarithmic
     labels = ["step", *(f"{mark:.6g}" for marks, _ in axes.values() for mark in marks)]
     margin = line + max(int(font.getlength(label)) for label in labels)

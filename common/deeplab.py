@@ -6,13 +6,13 @@ perturbs, `decode` the one that CAC contrasts; `classify` turns it into logits.
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.flags import InputError
+from common.machine import read_checkpoint
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -226,14 +226,14 @@ def load_backbone(resnet: nn.Module, backbone: str, weights: str) -> None:
                 f"--weights {weights}: cannot download {enum[weights].url} ({error}); "
                 "fetch that file on another machine and give its path, or use --weights none"
             ) from error
-    elif not Path(weights).is_file():
+    elif not os.path.isfile(weights):
         raise InputError(
             f"--weights {weights}: neither a file nor one of {', '.join(enum.__members__)}, none"
         )
     else:
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
+            state = read_checkpoint(weights)
+        except Exception as error:  # a dozen kinds
             raise InputError(
                 f"--weights {weights}: not a PyTorch state dict ({type(error).__name__}); "
                 f"give a torchvision {backbone} state dict"

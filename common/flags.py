@@ -40,6 +40,7 @@ Window = Annotated[int, Needs("0, or 32 pixels and more", lambda value: not 0 < 
 Side = Annotated[int, Needs("a multiple of 8, 32 or more", lambda v: v >= 32 and v % 8 == 0)]
 Batch = Annotated[int, Needs("2 or more: BatchNorm and CutMix need two pictures", lambda v: v > 1)]
 Seed = Annotated[int, Needs("below 2^32", lambda value: value < 2**32)]
+Resume = Literal[False, True, "changed"]  # a switch that may take a word
 
 
 @dataclass
@@ -69,7 +70,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     seed: Seed = 0  # of initial weights, batches and every step's randomness
     output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>-<labeled>-s<seed>
-    resume: bool = False  # continue the run in the output folder
+    resume: Resume = False  # continue the run in the output folder; changed: on other data, too
 
 
 @dataclass
@@ -104,7 +105,9 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
+            options["choices"] = [word for word in get_args(kind) if isinstance(word, str)]
+            if True in get_args(kind):  # a switch alone
+                options |= dict(nargs="?", const=True)
         elif get_origin(kind) is tuple:
             options |= {"nargs": "+", "type": get_args(kind)[0]}
         else:
@@ -275,7 +278,7 @@ def check_scales(cfg: RunConfig, image: str, height: int, width: int) -> None:
 def _own_needs(kind: Any) -> Needs:
     """What every value of a type has to satisfy."""
     if get_origin(kind) is Literal:
-        return Needs(f"one of {', '.join(get_args(kind))}", lambda v: v in get_args(kind))
+        return Needs(f"one of {', '.join(map(str, get_args(kind)))}", lambda v: v in get_args(kind))
     if get_origin(kind) is tuple:
         words = "one or more positive numbers"
         several = lambda v: isinstance(v, tuple | list) and len(v) > 0  # noqa: E731

@@ -27,11 +27,8 @@ def choose_folder(script: str, cfg: RunConfig) -> Path:
                 f"--output-dir {folder}: holds another run; name a new folder, or continue that "
                 "run with --resume"
             )
-        try:
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or a damaged one, for which last.pt makes up
-            return folder
-        refuse_other(folder, script, settings)
+        # Without one, or with a damaged one, last.pt makes up for it.
+        refuse_other(folder, script, read_json(folder / "config.json") or {})
         return folder
     name = run_name(script, cfg)
     taken = {
@@ -42,6 +39,23 @@ def choose_folder(script: str, cfg: RunConfig) -> Path:
     }
     number = max(taken, default=0) + (not (cfg.resume and taken))
     return Path("runs") / (name if number == 1 else f"{name}-{number}")
+
+
+def read_json(path: Path) -> dict | None:
+    """An object in a JSON file; None where there is no such file, or it holds something else."""
+    try:  # a pipe would be waited for
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError:
+        return None
+    return parse_json(text)
+
+
+def parse_json(text: str) -> dict | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # of deep nesting
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def refuse_other(folder: Path, script: str, settings: dict) -> None:
@@ -64,14 +78,36 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "log.jsonl", "last.pt"))
 
 
-WHOLE = ("config.json", "log.jsonl", "last.pt", "best.pt", "iou.txt", "panels.png", "curves.png")
+WHOLE = "config.json files.json log.jsonl last.pt best.pt iou.txt panels.png curves.png".split()
 
 
-def open_folder(folder: Path, log: list[dict], settings: dict | None, again: bool) -> str:
+def changed_files(folder: Path, files: dict[str, str]) -> list[str]:
+    """Which of the files that `common.data.check` lists are not what the folder's run began with.
+
+    None for early runs, which left no record. Raises InputError for one that is damaged.
+    """
+    path = folder / "files.json"
+    before = read_json(path) if path.exists() else files
+    if before is None:
+        raise InputError(f"{path}: unreadable; delete it to go on unchecked")
+    found = []
+    for name in sorted(before.keys() | files):
+        old, new = before.get(name), files.get(name)
+        if old != new:
+            kind = "changed" if old and new else "in another list"
+            kind = "new" if old is None else "gone" if new is None else kind
+            found.append(f"{name} ({kind})")
+    return found
+
+
+def open_folder(
+    folder: Path, log: list[dict], settings: dict | None, again: bool, files: dict[str, str]
+) -> str:
     """Make the folder, with `log.jsonl` of these lines, and `config.json` of a run that begins.
 
-    again: the run may have begun before; otherwise no second one may take the folder. Returns the
-    name that the log of a run has now that begins afresh; "" without one.
+    files: the record for `changed_files`; none of pictures that are drawn. again: the run may have
+    begun before; otherwise no second one may take the folder. Returns the name that the log of a
+    run has now that begins afresh; "" without one.
     """
     path, kept = folder / "log.jsonl", ""
     try:
@@ -87,6 +123,8 @@ def open_folder(folder: Path, log: list[dict], settings: dict | None, again: boo
                 kept = next(name for name in names if not (folder / name).exists())
                 path.rename(folder / kept)
         replace_text(path, log_text(log))
+        if files:
+            replace_text(folder / "files.json", json.dumps(files, indent=0) + "\n")
     except FileExistsError as error:
         raise InputError(f"--output-dir {folder}: another run just took it") from error
     except OSError as error:
@@ -95,14 +133,38 @@ def open_folder(folder: Path, log: list[dict], settings: dict | None, again: boo
 
 
 def read_log(path: Path) -> list[dict]:
-    """The whole lines of a log; a killed run may have left the last one unfinished."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The whole lines of a log; a killed run may have left the last one unfinished.
+
+    Others that no run writes are left out, too.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = map(parse_json, text.splitlines())
+    return [line for line in lines if line is not None and _is_logged(line)]
+
+
+def _is_logged(line: dict) -> bool:
+    """Whether a run writes such a line: a step, and numbers by name."""
+
+    def number(value: Any) -> bool:  # a float32 at most
+        return isinstance(value, int | float) and abs(value) < 1e39
+
+    def known(value: Any) -> bool:
+        return value is None or number(value)
+
+    def by_class(value: Any) -> bool:
+        values = list(value.values()) if isinstance(value, dict) else value  # early: a list
+        return isinstance(values, list) and len(values) > 0 and all(map(known, values))
+
+    tests = {
+        "miou": known,
+        "step": lambda value: isinstance(value, int) and 1 <= value < 2**53,
+        "iou": by_class,
+        "stage": lambda value: isinstance(value, str),
+        "skipped": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+    }
+    whole = "step" in line and ("miou" in line) == ("iou" in line)
+    usual = known if "stage" in line else number
+    return whole and all(tests.get(name, usual)(value) for name, value in line.items())
 
 
 def add_lines(path: Path, lines: list[dict]) -> None:
@@ -130,7 +192,7 @@ def complete_log(path: Path, lines: list[dict]) -> None:
     same = [n for n, line in enumerate(lines) if line["step"] == entry["step"]]
     losses = [n for n in same if "stage" not in lines[n]]
     if losses and "stage" not in entry:
-        lines[losses[-1]].pop("seconds")  # those of the evaluation count, at the line's end
+        lines[losses[-1]].pop("seconds", None)  # those of the evaluation count, at the line's end
         lines[losses[-1]] |= entry
     else:
         lines.append(entry)

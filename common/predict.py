@@ -9,6 +9,7 @@ In a notebook: `load`, `segment`, `overlay`.
 
 import argparse
 import math
+import re
 import sys
 import time
 import warnings
@@ -77,24 +78,48 @@ def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
     """
     where, advice = machine.find_device(device), "give the last.pt or best.pt of a run"
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
+        saved = machine.read_checkpoint(checkpoint, mmap=True)
+    except Exception as error:  # a dozen kinds
         missing = isinstance(error, FileNotFoundError)
         reason = "no such file" if missing else f"unreadable ({type(error).__name__})"
         raise InputError(f"{checkpoint}: {reason}; {advice}") from error
     try:
-        networks = [DeepLabV3Plus(**arguments) for arguments in saved["arguments"]]
-        for network, state in zip(networks, saved["networks"], strict=True):
-            network.load_state_dict(state)
+        networks, left = [], Path(checkpoint).stat().st_size
+        for arguments, state in zip(saved["arguments"], saved["networks"], strict=True):
+            with torch.device("meta"):  # a size alone, as large as the arguments have it
+                network = DeepLabV3Plus(**arguments | {"weights": None})
+            left -= sum(weight.numel() for weight in network.state_dict().values())
+            if left < 0:
+                raise ValueError("a network larger than its file")
+            network.to_empty(device="cpu").load_state_dict(state)
+            networks.append(network)
         model = networks[0] if len(networks) == 1 else Ensemble(networks)
         known = {key: saved[key] for key in ("mean", "std", "window") if key in saved}
         model = Segmenter(model, saved["classes"], saved["colors"], **known)
+        _check_model(model, networks)
         evaluated = not math.isnan(saved["miou"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # as many kinds as there are ways to be another file
         raise InputError(f"{checkpoint}: holds no network of these scripts; {advice}") from error
     if not evaluated:
         print(f"{checkpoint}: never evaluated; its network may be untrained", file=sys.stderr)
     return machine.place(model, where).eval()
+
+
+def _check_model(model: Segmenter, networks: list[DeepLabV3Plus]) -> None:
+    """Raise a ValueError where what goes with the networks does not go with them."""
+    count, window = len(model.classes), model.window
+    colors = np.array(model.colors)
+    if not (
+        all(network.arguments["num_classes"] == count <= 254 for network in networks)
+        and all(isinstance(name, str) for name in model.classes)
+        and (colors.shape == (count, 3) and colors.dtype.kind == "i")
+        and (0 <= colors.min() and colors.max() <= 255)
+        and (isinstance(window, int) and (window == 0 or window >= 32))
+        and model.mean.numel() == model.std.numel() == 3
+        and model.mean.is_floating_point()
+        and model.std.is_floating_point()
+    ):
+        raise ValueError
 
 
 @torch.no_grad()
@@ -163,15 +188,14 @@ def predict(model: Segmenter, options: argparse.Namespace) -> int:
         try:
             picture = read_image(str(path))
             mask = segment(model, picture, options.window, options.amp)
+            write(options.output / name, picture, mask, model.colors, options.overlay)
+            continue
         except InputError as error:
             problem = error
         except (MemoryError, RuntimeError) as error:
-            if "memory" not in repr(error).lower():
+            if not re.search("memory|primitive", repr(error).lower()):  # the latter is oneDNN's
                 raise
             problem = f"{path}: does not fit into memory; give --window 512, or less"
-        else:
-            write(options.output / name, picture, mask, model.colors, options.overlay)
-            continue
         skipped += 1
         tqdm.write(f"predict.py: {problem}", file=sys.stderr)
     seconds = (time.time() - started) / len(pictures)

@@ -38,6 +38,7 @@ from common.layouts import shortened
 from common.metrics import evaluate, evaluating, iou, windows
 from common.outputs import (
     add_lines,
+    changed_files,
     choose_folder,
     complete_log,
     evaluation,
@@ -282,9 +283,8 @@ class Run:
         steps = range(self.total) if steps is None else steps
         steps = range(max(self.first, steps.start), steps.stop)
         self.stage = stage
-        for name, part in stage.items():
-            if self.rest:
-                part.load_state_dict(self.rest.pop(name))
+        if self.rest:
+            self._take_up(stage)
         hidden, accum = self.rank > 0 or None, self.cfg.accum
         self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=hidden)
         if steps and not self.planned:
@@ -535,7 +535,7 @@ class Run:
         self.waiting = []  # lines that could not be written to the log
         self.done = 0  # steps, those of the last checkpoint
         self.rest = {}  # of a stage's state what has not been taken up
-        resumed = self.cfg.resume and (self.folder / "last.pt").is_file()
+        resumed = bool(self.cfg.resume) and (self.folder / "last.pt").exists()
         if self.world > 1:
             seen = [None] * self.world
             dist.all_gather_object(seen, resumed)
@@ -548,35 +548,60 @@ class Run:
         self.history = [evaluation(line) for line in lines if "miou" in line]
         for entry in self.history:  # early versions wrote a list
             if isinstance(entry["iou"], list):
-                entry["iou"] = dict(zip(self.data.classes, entry["iou"], strict=True))
+                entry["iou"] = dict(zip(self.data.classes, entry["iou"], strict=False))
         self.skipped = [image for line in lines for image in line.get("skipped", ())]
         if self.rank == 0:
             settings = asdict(self.cfg) | {"processes": self.world}
             settings = None if resumed else settings | {"script": self.script}
-            self.kept = open_folder(self.folder, lines, settings, self.cfg.resume)
+            again, files = bool(self.cfg.resume), self.data.files
+            self.kept = open_folder(self.folder, lines, settings, again, files)
 
     def _load(self) -> None:
         path = self.folder / "last.pt"
         try:
             # Not to the device, whose memory the run needs; each part moves what it takes.
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            settings = saved["settings"]
-        except Exception as error:  # torch.load raises a dozen kinds for a file it cannot read
+            saved = machine.read_checkpoint(path)
+            settings, self.rest = dict(saved["settings"]), dict(saved["state"])
+            self.first, self.miou, self.best = (saved[name] for name in ("step", "miou", "best"))
+            # What is printed has to be small: a list of lists may grow without end.
+            small = all(is_simple(v) or all(map(is_simple, v)) for v in settings.values())
+            scores = isinstance(self.miou, float) and isinstance(self.best, float)
+            if not (small and scores and isinstance(self.first, int) and self.first >= 0):
+                raise ValueError
+        except Exception as error:  # a dozen kinds
             kind = type(error).__name__
             raise InputError(f"{path}: unreadable ({kind}); delete it to start afresh") from error
         refuse_other(self.folder, self.script, settings)
         settings, now = settings | {"script": self.script}, self._settings()
-        for name in settings | now:
-            if settings.get(name) != now.get(name):
-                flag = name if name in ("processes", "pictures") else f"--{name.replace('_', '-')}"
+        names = [name for name in settings | now if settings.get(name) != now.get(name)]
+        if self.cfg.resume == "changed" and saved.get("classes") == list(self.data.classes):
+            names = [name for name in names if name != "pictures"]
+        elif names in ([], ["pictures"]):
+            files = shortened(changed_files(self.folder, self.data.files))
+            if files or names:
+                then = f"it was {settings.get('pictures')}, now it is {now['pictures']}"
                 raise InputError(
-                    f"{self.folder}: was started with {flag} {settings.get(name)}, now it is "
-                    f"{now.get(name)}; resume as the run was started"
+                    f"{self.folder}: the data is not what the run began with: {files or then}; "
+                    "restore it, or take it as it is by --resume changed"
                 )
-        for name, part in self.state.items():
-            part.load_state_dict(saved["state"].pop(name))
-        self.rest = saved["state"]
-        self.first, self.miou, self.best = saved["step"], saved["miou"], saved["best"]
+        for name in names:
+            flag = name if name in ("processes", "pictures") else f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{self.folder}: was started with {flag} {settings.get(name)}, now it is "
+                f"{now.get(name)}; resume as the run was started"
+            )
+        if self.first > self.total:
+            raise InputError(f"{path}: is of step {self.first}; delete it to start afresh")
+        self._take_up(self.state)
+
+    def _take_up(self, parts: dict[str, Any]) -> None:
+        """Give these parts of a resumed run's state what the checkpoint has for them."""
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.rest.pop(name))
+        except Exception as error:  # as many kinds as there are ways to be another file
+            path, kind = self.folder / "last.pt", type(error).__name__
+            raise InputError(f"{path}: damaged ({kind}); delete it to start afresh") from error
 
     def _settings(self) -> dict:
         """What a resumed run must share: its data, and all flags but those it may change."""
@@ -678,6 +703,11 @@ class Run:
         except InputError as error:
             if not waiting:
                 tqdm.write(f"{error}", file=sys.stderr)
+
+
+def is_simple(value: Any) -> bool:
+    """Whether it is a string or a number such as flags have."""
+    return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def duration(seconds: float) -> str:

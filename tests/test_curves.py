@@ -9,6 +9,7 @@ from PIL import Image, ImageFont
 
 from common import curves
 from common.curves import COLORS, HEIGHT, WIDTH, charts, draw, log_ticks, ticks, wrap
+from common.outputs import read_log
 
 LOG = [
     dict(step=10, loss_sup=2.0, loss_unsup=0.0, lam=0.5, seconds=1.0),
@@ -94,6 +95,32 @@ def test_a_legend_is_wrapped_to_the_width():
     font = ImageFont.load_default(20)
     found = wrap(["name"] * 7, 400, font, beside=80)
     assert [row for _, row in found] == [0, 0, 0, 1, 1, 1, 2] and found[3][0] == 0
+
+
+NO_LINES = (  # what stands in a log that was damaged
+    *(b"", b"7", b"[1]", b'"step"', b"{", b'{"st', b"\xff\x00", b"[" * 10**5, b'{"a":' * 10**5),
+    *(b'{"loss": 1.0}', b'{"step": 0}', b'{"step": 1.5}', b'{"step": "1"}', b'{"step": null}'),
+    *(
+        b'{"step": 3, "loss": %s}' % v
+        for v in (b"NaN", b"Infinity", b"null", b'"x"', b"[]", b"1e99")
+    ),
+    *(b'{"step": 3, "loss": %s}' % (b"9" * n) for n in (400, 10_000)),
+    *(b'{"step": 3, "miou": %s}' % v for v in (b"0.5", b'"x", "iou": {"sky": 1}')),
+    *(b'{"step": 3, "miou": 0.5, "iou": %s}' % v for v in (b"{}", b"[]", b'{"sky": "x"}')),
+    *(b'{"step": 3, "skipped": %s}' % v for v in (b"7", b"[7]", b'"x"')),
+    *(b'{"step": 3, "stage": 7}', b'{"step": %s}' % (b"9" * 30)),
+)
+
+
+@pytest.mark.parametrize("line", NO_LINES, ids=range(len(NO_LINES)))
+def test_lines_that_no_run_writes_are_left_out(line, tmp_path):
+    lines = [json.dumps(entry).encode() for entry in LOG]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*lines[:2], line, *lines[2:]]))
+    assert read_log(tmp_path / "log.jsonl") == LOG
+
+
+def test_the_smallest_of_losses_have_an_axis():
+    draw(charts({"run": [dict(step=1, loss=5e-324), dict(step=2, loss=1.0)]}), "")
 
 
 def test_several_runs_are_overlaid_by_folder_name(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """DeepLabv3+: architecture, cut points, weights."""
 
+import os
+import zipfile
 from functools import partial
 from urllib.error import URLError
 
@@ -185,6 +187,16 @@ def test_weights_that_do_not_fit_are_refused(state, tmp_path):
         assert said in refusal(path)
     torch.save(state, path)
     assert "does not fit resnet50" in refusal(path, "resnet50")
+    assert refusal("x" * 10_000).startswith("--weights xxx")
+    with zipfile.ZipFile(path) as whole:
+        records = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:  # gigabytes fit in a few MB
+        for name, content in records.items():
+            packed.writestr(name, content + bytes(2**26) * name.endswith("pkl"))
+    assert "not a PyTorch state dict (ValueError)" in refusal(path)
+    path.unlink()
+    os.mkfifo(path)  # would be waited for
+    assert "neither a file nor one of" in refusal(path)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):

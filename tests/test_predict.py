@@ -1,9 +1,12 @@
 """Predictions: masks and overlays of any picture, the test split, the exported program."""
 
 import math
+import os
+import pickle
 import re
 import sys
 import warnings
+import zipfile
 from importlib import import_module
 from pathlib import Path
 
@@ -137,6 +140,48 @@ def test_checkpoints_of_before_are_of_imagenets_mean(checkpoint):
     assert torch.equal(old.std, new.std) and torch.equal(
         new.mean[:, 0, 0], torch.tensor([*IMAGENET["mean"]])
     )
+
+
+def shared(depth):
+    """A list of 2^depth entries, in as many bytes as it is deep."""
+    value = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+HUGE = dict(num_classes=3, backbone="resnet18", width=10**5)
+OTHERS = [  # values of a file that is not what a run writes
+    dict(arguments=[HUGE] * 2),  # 700 GB
+    dict(arguments=[HUGE | dict(width=10**18)] * 2),
+    dict(arguments=[HUGE | dict(width=8, weights="IMAGENET1K_V1")]),
+    dict(arguments=[7, 7]),
+    dict(arguments=shared(40)),
+    dict(networks=[{}, {}]),
+    dict(networks=[]),
+    dict(classes=CLASSES[:2]),
+    dict(classes=[1, 2, 3]),
+    dict(classes=shared(40)),
+    dict(colors=COLORS[:2]),
+    dict(colors=[[0, 0]] * 3),
+    dict(colors=[[0, 0, 256]] * 3),
+    dict(colors=[["a", "b", "c"]] * 3),
+    dict(window=31),
+    dict(window=-64),
+    dict(window="64"),
+    dict(mean=[0.5]),
+    dict(std=[1j, 1j, 1j]),
+    dict(miou=10**400),
+    dict(miou="0.5"),
+]
+
+
+@pytest.mark.parametrize("changed", OTHERS, ids=range(len(OTHERS)))
+def test_a_checkpoint_of_other_values_is_refused(changed, checkpoint):
+    """Quickly, in little memory, and without a download."""
+    rewrite(checkpoint, **changed)
+    with pytest.raises(InputError, match="holds no network of these scripts; give the last.pt"):
+        load(checkpoint, "cpu")
 
 
 def test_a_run_that_was_never_evaluated_says_so(checkpoint, capsys):
@@ -367,6 +412,9 @@ REFUSED = {
     "weights": ("weights.pt photos --output out", "weights.pt: holds no network"),
     "no pictures": ("model.pt nowhere --output out", "nowhere: no such picture or folder"),
     "empty": ("model.pt empty --output out", "empty: holds no picture"),
+    "packed": ("packed.pt photos --output out", "packed.pt: unreadable (ValueError)"),
+    "a program": ("program.pt photos --output out", "program.pt: unreadable ("),
+    "a pipe": ("pipe photos --output out", "pipe: unreadable (OSError)"),
     "no task": ("model.pt photos", "--output --test-split --export"),
     "two tasks": ("model.pt photos --output out --test-split", "not allowed with"),
     "no folder": ("model.pt --output out", "PICTURES: goes with --output"),
@@ -391,10 +439,21 @@ def test_what_cannot_be_right_ends_with_one_line_and_status_2(
     Path("photos").mkdir(), Path("empty").mkdir()
     Image.fromarray(picture()).save("photos/a.png")
     Path("rubbish.pt").write_bytes(b"rubbish")
+    Path("program.pt").write_bytes(pickle.dumps(Touch()))
+    os.mkfifo("pipe")  # would be waited for
+    with zipfile.ZipFile("packed.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("packed/data.pkl", bytes(2**24))
     torch.save(DeepLabV3Plus(3, "resnet18", width=8).state_dict(), "weights.pt")
     status, out, err = call(monkeypatch, capsys, *words.split())
     assert (status, out) == (2, "") and said in err and re.fullmatch(r"predict\.py: .*\n", err)
-    assert not Path("out").exists()
+    assert not Path("out").exists() and not Path("touched").exists()
+
+
+class Touch:
+    """Unpickled, it runs a program."""
+
+    def __reduce__(self):
+        return os.system, ("touch touched",)
 
 
 def test_a_picture_beyond_memory_is_named(checkpoint, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from copy import deepcopy
@@ -20,6 +21,7 @@ import torch
 import trees
 from few_shapes import SEMI, SMALL
 from few_shapes import TINY as TINY_OF
+from PIL import Image
 from torch import nn
 
 import cac
@@ -102,6 +104,7 @@ VALUES = {  # of a flag: some that it takes, some that it refuses
     "span": ([(1.0, 1.0), [1, 2]], [(2.0, 1.0), (1.0,), (1.0, 2.0, 3.0), (0.0, 1.0), 1.0]),
     "many": ([(3.0, 1.0)], [(), (1.0, 0.0), (math.inf,), 1.0, "1"]),
     "switch": ([True, False], ["no", 1, None]),
+    "resume": ([True, False, "changed"], ["yes", None]),
     "name": (["x"], [7, None]),
     "iters": ([1], [0, -3, 2.5, True]),  # Count
     "lr": ([1e-9, 3], [0.0, -1.0, math.nan, math.inf]),  # Positive
@@ -191,6 +194,7 @@ RECIPES = {
     [
         ("", {}),
         ("--resume --lr 2 --no-switch", dict(resume=True, lr=2.0, switch=False)),
+        ("--resume changed --lr 2", dict(resume="changed", lr=2.0)),
         ("--span 1 2.5 --many 3 --part 0", dict(span=(1.0, 2.5), many=(3.0,), part=0.0)),
         ("--dataset voc", RECIPES["voc"]),
         ("--lr=0.1 --dataset=voc", RECIPES["voc"] | dict(lr=0.1)),
@@ -531,6 +535,139 @@ def test_a_checkpoint_is_read_to_the_cpu(few, light, tmp_path, monkeypatch):
     )
     train(tmp_path, iters=1, resume=True)
     assert places == ["cpu"]
+
+
+def of_folder(folder, root, **flags):
+    """A run on a folder of pictures, two of which are labelled by a list, after its first step."""
+    flags = TINY | dict(dataset="folder", data_path=str(root), labeled=str(root / "list")) | flags
+    run = Run("any", SemiConfig(output_dir=str(folder), **flags))
+    network = DeepLabV3Plus(3, "resnet18", width=8)
+    run.start(run.load(), [network], network=network)
+    run.save(0)
+    return run
+
+
+@pytest.fixture
+def listed(light, tmp_path):
+    """Pictures with a list of labelled ones, and a folder with a run on them."""
+    root = trees.folder_tree(tmp_path / "data")
+    (root / "list").write_text("000\n001\n")
+    of_folder(tmp_path / "run", root)
+    return tmp_path / "run", root
+
+
+def redraw(path):
+    """Other values in a mask, as if it were corrected; the size of its picture stays."""
+    mask = np.array(Image.open(path))
+    trees.save_mask(path, np.where(mask == 1, 2, mask))
+
+
+CHANGES = {  # what is done to the data after the start, what of it is named
+    "a mask": (lambda root: redraw(root / "masks/train/001.png"), "masks/train/001.png (changed)"),
+    "a validation picture": (
+        lambda root: trees.save_picture(root / "images/val/002.jpg", np.random.default_rng(9)),
+        "images/val/002.jpg (changed)",
+    ),
+    "an unlabelled picture more": (
+        lambda root: shutil.copy(root / "images/train/002.jpg", root / "images/train/new.jpg"),
+        "images/train/new.jpg (new)",
+    ),
+    "one less": (lambda root: (root / "images/train/005.jpg").unlink(), "/005.jpg (gone)"),
+    "the list": (
+        lambda root: (root / "list").write_text("000\n003\n"),
+        "images/train/001.jpg (in another list), images/train/003.jpg (in another list), "
+        "masks/train/001.png (gone), masks/train/003.png (new)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, named", CHANGES.values(), ids=CHANGES)
+def test_data_that_changed_is_named_and_resumed_by_word(change, named, listed):
+    folder, root = listed
+    change(root)
+    message = said(partial(of_folder, folder, root, resume=True))
+    assert message.startswith(f"{folder}: the data is not") and f"{named}; restore it" in message
+    assert message.endswith("--resume changed")
+    assert of_folder(folder, root, resume="changed").first == 1
+    assert of_folder(folder, root, resume=True).first == 1  # from then on it is the run's data
+
+
+def test_equal_data_elsewhere_is_the_same_data(listed):
+    folder, root = listed
+    moved = shutil.copytree(root, root.parent / "moved", copy_function=shutil.copyfile)  # new times
+    flags = dict(labeled=str(root / "list"), resume=True)  # the flag itself must be the same
+    assert of_folder(folder, moved, **flags).first == 1
+
+
+def test_other_classes_are_never_resumed(listed):
+    folder, root = listed
+    (root / "classes.txt").write_text("ground\ndog\ncat\n")
+    for resume in (True, "changed"):
+        assert "dog, cat" in said(partial(of_folder, folder, root, resume=resume))
+
+
+def test_a_run_without_a_record_of_its_data_is_resumed(listed):
+    folder, root = listed
+    for damage in (b"[", b"[1]", b"\xff", b"[" * 100_000):
+        (folder / "files.json").write_bytes(damage)
+        message = said(partial(of_folder, folder, root, resume=True))
+        assert message == f"{folder / 'files.json'}: unreadable; delete it to go on unchecked"
+    (folder / "files.json").unlink()
+    redraw(root / "masks/train/001.png")
+    assert of_folder(folder, root, resume=True).first == 1
+    redraw(root / "masks/train/000.png")  # now there is one
+    assert "masks/train/000.png" in said(partial(of_folder, folder, root, resume=True))
+
+
+STATES = [  # what a checkpoint of another kind may hold
+    dict(step=-1),
+    dict(step=3),
+    dict(step=1.0),
+    dict(step="1"),
+    dict(miou="x"),
+    dict(best=torch.zeros(2)),
+    dict(best=None),
+    dict(state={}),
+    dict(state=dict(network={})),
+    dict(state=7),
+]
+
+
+@pytest.mark.parametrize("changed", STATES, ids=str)
+def test_a_checkpoint_of_other_values_is_refused(changed, few, light, tmp_path):
+    run, _ = begun(tmp_path, iters=2)
+    run.save(0)
+    torch.save(saved(tmp_path) | changed, tmp_path / "last.pt")
+    message = said(partial(begun, tmp_path, iters=2, resume=True))
+    assert message.startswith(f"{tmp_path / 'last.pt'}: ") and "delete it to start" in message
+
+
+def test_a_message_has_no_value_that_grows_without_end(few, light, tmp_path):
+    """A list of two references to a list, and so on, is small until it is printed."""
+    run, _ = begun(tmp_path, iters=2)
+    run.save(0)
+    whole, value = saved(tmp_path), []
+    for _ in range(60):
+        value = [value, value]
+    for settings in (whole["settings"] | dict(lr=value), [1], None, 10**5000):
+        torch.save(whole | dict(settings=settings), tmp_path / "last.pt")
+        assert "last.pt: unreadable (" in said(partial(begun, tmp_path, iters=2, resume=True))
+
+
+def test_damaged_settings_are_made_up_for(few, light, tmp_path):
+    """config.json is for who reads it; last.pt knows the settings, too."""
+    run, _ = begun(tmp_path, iters=2)
+    run.save(0)
+    config = tmp_path / "config.json"
+    for content in (b"[1]", b"7", b"\xff", b"", b"[" * 10**5, b"9" * 10**4):
+        config.write_bytes(content)
+        assert begun(tmp_path, iters=2, resume=True)[0].first == 1
+    config.unlink()
+    os.mkfifo(config)  # would be waited for
+    assert begun(tmp_path, iters=2, resume=True)[0].first == 1
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last.pt").mkdir()  # not at the first evaluation, hours later
+    assert "last.pt: unreadable" in said(partial(begun, tmp_path, iters=2, resume=True))
 
 
 def test_resuming_a_finished_run_gives_its_result(few, light, tmp_path):

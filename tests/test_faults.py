@@ -18,12 +18,12 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from few_shapes import ROOT, TINY, argv, begin, end
+from few_shapes import COUNTS, ROOT, TINY, argv, begin, end, light_resnet
 from torch import nn
 
 import cps
 import ial
-from common import data, maps
+from common import data, deeplab, maps, shapes
 from common.layouts import DRAWN
 from common.run import InputError, Run, main
 
@@ -62,6 +62,17 @@ def same(folder, whole):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of cps.py that nothing happened to."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "COUNTS", COUNTS)
+        patch.setattr(deeplab, "dilated_resnet", light_resnet)
+        run("cps", folder)
+    return folder
+
+
 @pytest.fixture
 def midway(few, light, monkeypatch):
     """midway({n: work}): programs that begin from now on do this work in their n-th pass."""
@@ -90,11 +101,12 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 128 + signal.
 
 
 @every_script
-def test_stopped_and_killed_anywhere_a_run_goes_on_exactly(name, midway, tmp_path):
+def test_stopped_and_killed_anywhere_a_run_goes_on_exactly(name, midway, tmp_path, whole):
     """A signal loses no step, whichever stage it meets; SIGKILL those after the last write."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(name, whole)
-    done = 0
+    cut, done = tmp_path / "cut", 0
+    if name != "cps":
+        whole = tmp_path / "whole"
+        run(name, whole)
     for number, status in random.sample(list(STATUS.items()), 2):
         midway({random.randint(2, 4): send(number)})
         run(name, cut, "--resume", status=status)
@@ -203,26 +215,21 @@ def names(folder):
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
-def test_a_full_disk_is_named_and_the_checkpoint_before_it_is_whole(share, midway, tmp_path):
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_is_kept(share, midway, tmp_path, whole):
     """However much of the next one it takes. A line of the log does not end the run before that."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = dict(iters=4, eval_every=2)
-    run("cps", whole, **flags)
-    midway({5: limit(int(share * (whole / "last.pt").stat().st_size))})  # in the third step
-    *first, last = run("cps", cut, **flags, status=2).splitlines()
+    midway({5: limit(int(share * (whole / "last.pt").stat().st_size))})
+    cut = tmp_path / "cut"
+    *first, last = run("cps", cut, save_every=1e-9, status=2).splitlines()
     problem = "{}: {} cannot be written (File too large); what was there before is kept"
-    assert last.replace("best", "last") == f"cps.py: {problem.format(cut, 'last.pt')}"
+    assert last == f"cps.py: {problem.format(cut, 'last.pt')}"
     assert first == [problem.format(cut, "log.jsonl")] * (share == 0)
-    assert saved(cut)["step"] == 2 and names(cut) == names(whole)
+    assert saved(cut)["step"] == 4 and names(cut) == {"config.json", "log.jsonl", "last.pt"}
     midway({})
-    run("cps", cut, "--resume", **flags)
+    run("cps", cut, "--resume")
     same(cut, whole)
 
 
-def test_a_log_that_cannot_be_written_waits_until_it_can(midway, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run("cps", whole)
-
+def test_a_log_that_cannot_be_written_waits_until_it_can(midway, tmp_path, whole):
     def away(run):
         (run.folder / "log.jsonl").rename(run.folder / "log")
         (run.folder / "log.jsonl").mkdir()
@@ -232,21 +239,19 @@ def test_a_log_that_cannot_be_written_waits_until_it_can(midway, tmp_path):
         (run.folder / "log").rename(run.folder / "log.jsonl")
 
     midway({5: away, 9: back})
+    cut = tmp_path / "cut"
     said = run("cps", cut)
     assert said.count("\n") == 1 and "log.jsonl cannot be written (Is a directory)" in said
     same(cut, whole)
 
 
-def test_what_a_kill_left_half_written_goes(midway, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run("cps", whole)
-
+def test_what_a_kill_left_half_written_goes(midway, tmp_path, whole):
     def kill_in_a_write(run):
-        run.cfg.save_every = 1e-9
         os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 
-    midway({1: lambda run: setattr(run.cfg, "save_every", 1e-9), 4: kill_in_a_write})
-    run("cps", cut, status=-9)
+    midway({4: kill_in_a_write})
+    cut = tmp_path / "cut"
+    run("cps", cut, save_every=1e-9, status=-9)
     assert saved(cut)["step"] == 3 and "last.pt.tmp" in names(cut)
     midway({})
     run("cps", cut, "--resume")

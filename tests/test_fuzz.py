@@ -1,4 +1,4 @@
-"""Damaged files through every public door: a few hundred here, thousands by tests/fuzz.py."""
+"""Damaged files through every public door: some here, thousands by tests/fuzz.py."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from common.flags import InputError
 
 
 def test_nothing_but_an_input_error_comes_out(tmp_path):
-    command = [sys.executable, fuzz.__file__, "--cases", "180", "--seed", "1", "--keep", tmp_path]
+    command = [sys.executable, fuzz.__file__, "--cases", "140", "--seed", "1", "--keep", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 escapes, " in done.stdout

@@ -635,6 +635,7 @@ class Run:
         if not math.isnan(self.miou):
             table = iou_table(self.history[-1]["iou"], self.miou)
             replace_text(self.folder / "iou.txt", table)
+        self.seed(self.total)  # no step's: what is random in them is the same in a resumed run
         if draw is not None:
             draw(path)
         elif self.data.val:

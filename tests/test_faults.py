@@ -118,6 +118,9 @@ def test_stopped_and_killed_anywhere_a_run_goes_on_exactly(name, midway, tmp_pat
     midway({})
     run(name, cut, "--resume")
     same(cut, whole)
+    (cut / "panels.png").unlink()  # as if killed after the last checkpoint
+    run(name, cut, "--resume")
+    same(cut, whole)
 
 
 def test_a_signal_says_where_the_run_is_and_how_to_go_on(midway, tmp_path, monkeypatch):

@@ -639,7 +639,6 @@ class Run:
         if draw is not None:
             draw(path)
         elif self.data.val:
-            self.seed(self.done)  # whatever chance shows, a resumed run shows too
             modules = [part for part in self.state.values() if isinstance(part, nn.Module)]
             how = dict(window=self.window, show=self.show)
             with self.autocast(), machine.tuning(False), evaluating(nn.ModuleList(modules)):

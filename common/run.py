@@ -564,9 +564,10 @@ class Run:
             settings, self.rest = dict(saved["settings"]), dict(saved["state"])
             self.first, self.miou, self.best = (saved[name] for name in ("step", "miou", "best"))
             # What is printed has to be small: a list of lists may grow without end.
+            named = all(isinstance(name, str) for name in settings)
             small = all(is_simple(v) or all(map(is_simple, v)) for v in settings.values())
             scores = isinstance(self.miou, float) and isinstance(self.best, float)
-            if not (small and scores and isinstance(self.first, int) and self.first >= 0):
+            if not (named and small and scores and isinstance(self.first, int) and self.first >= 0):
                 raise ValueError
         except Exception as error:  # a dozen kinds
             kind = type(error).__name__

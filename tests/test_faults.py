@@ -62,6 +62,14 @@ def same(folder, whole):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.fixture(autouse=True, scope="module")
+def heard():
+    """A shell has what it starts in the background ignore Ctrl-C; these tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of cps.py that nothing happened to."""

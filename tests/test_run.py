@@ -649,7 +649,13 @@ def test_a_message_has_no_value_that_grows_without_end(few, light, tmp_path):
     whole, value = saved(tmp_path), []
     for _ in range(60):
         value = [value, value]
-    for settings in (whole["settings"] | dict(lr=value), [1], None, 10**5000):
+    for settings in (
+        whole["settings"] | dict(lr=value),
+        whole["settings"] | {1: 0},
+        [1],
+        None,
+        10**5000,
+    ):
         torch.save(whole | dict(settings=settings), tmp_path / "last.pt")
         assert "last.pt: unreadable (" in said(partial(begun, tmp_path, iters=2, resume=True))
 

@@ -718,7 +718,7 @@ def test_pairs_are_scaled_as_released(where, alike, apart, monkeypatch):
     def resize(image, size, **_):
         raise Asked(*size)
 
-    monkeypatch.setattr(cac.v2.functional, "resize", resize)
+    monkeypatch.setattr(F, "interpolate", resize)
 
     def size_of(source):
         image = torch.empty(3, *source, device="meta")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.checkpoints import read_checkpoint
 from common.flags import InputError
-from common.machine import read_checkpoint
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 

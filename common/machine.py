@@ -7,10 +7,8 @@ import re
 import sys
 import time
 import traceback
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,21 +164,6 @@ def part_processes(error: BaseException | None) -> None:
         reason = str(error).strip().splitlines()[0]
         print(f"another process was lost: {reason}", file=sys.stderr, flush=True)
     os._exit(getattr(error, "code", 1))
-
-
-def read_checkpoint(path: str | Path, where: str | torch.device = "cpu", mmap: bool = False) -> Any:
-    """What torch.save wrote; nothing in it is run. Other files raise a dozen kinds of exceptions.
-
-    torch.save packs nothing: a file that is packed might hold a thousand times its size.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        raise OSError
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-        if sum(record.file_size for record in records) > os.path.getsize(path):
-            raise ValueError("packed")
-    return torch.load(path, map_location=where, weights_only=True, mmap=mmap)
 
 
 def in_all_processes(work: Callable[[], Any]) -> Any:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from common import machine
 from common.augment import IMAGENET
 from common.bars import tqdm
+from common.checkpoints import read_checkpoint
 from common.colors import colorize, palette
 from common.data import check, val_loader
 from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble
@@ -78,7 +79,7 @@ def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
     """
     where, advice = machine.find_device(device), "give the last.pt or best.pt of a run"
     try:
-        saved = machine.read_checkpoint(checkpoint, mmap=True)
+        saved = read_checkpoint(checkpoint, mmap=True)
     except Exception as error:  # a dozen kinds
         missing = isinstance(error, FileNotFoundError)
         reason = "no such file" if missing else f"unreadable ({type(error).__name__})"

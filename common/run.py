@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common import curves, machine
-from common.augment import IMAGENET, whole_view
+from common.augment import whole_view
 from common.bars import tqdm
+from common.checkpoints import model_part, read_last, settings_of
 from common.data import Data, View, check, describe, load, training_loader, val_loader
 from common.deeplab import Ensemble, Together
 from common.flags import (
@@ -38,7 +39,6 @@ from common.layouts import shortened
 from common.metrics import evaluate, evaluating, iou, windows
 from common.outputs import (
     add_lines,
-    changed_files,
     choose_folder,
     complete_log,
     evaluation,
@@ -47,13 +47,13 @@ from common.outputs import (
     open_folder,
     plain,
     read_log,
-    refuse_other,
     replace_file,
     replace_text,
     run_name,
 )
 from common.panels import Show, panels, picture_name
 from common.predict import Picture, segment
+from common.progress import Clock, plan
 from common.signals import Stopped, outlive_reader, signals
 
 
@@ -205,7 +205,7 @@ class Run:
             state["scaler"] = self.scaler
         self.data, self.networks, self.state, self.stage = data, model, state, {}
         self.model = model[0] if len(model) == 1 else Ensemble(model)
-        self.draws, self.begins, self.clocks, self.planned = {}, {}, {}, False
+        self.draws, self.begins, self.planned = {}, {}, False
         self.unseen = []  # logged values that may not be finite: step, name, value
         self.val = val_loader(data, whole_view, **self.loading, pixels=self.pixels)
         self.started = self.saved = time.time()
@@ -287,13 +287,16 @@ class Run:
             self._take_up(stage)
         hidden, accum = self.rank > 0 or None, self.cfg.accum
         self.bar = tqdm(steps, initial=steps.start, total=self.total, disable=hidden)
+        warmup = self.begins.get("unlabeled", 0)
         if steps and not self.planned:
-            self._say_plan()
+            self.planned = True
+            self.print(plan(self.cfg, self.data, self.total, self.world, warmup))
+        self.clock = Clock({max(begin, steps.start) for begin in (0, warmup)}, steps.stop)
         self.ask = steps.start, steps.start, time.time()
         with machine.tuning(self.device.type == "cuda" and not self.cfg.deterministic):
             signals.held = True
             for step in self.bar:
-                self._say_time(step, steps)
+                self._say_time(step)
                 for number in range(accum):
                     self.more_to_come = number + 1 < accum
                     self.seed(step * accum + number)
@@ -346,37 +349,14 @@ class Run:
         self.ask = step + 1, step + 1 + left, time.time()
         return int(number), bool(late)
 
-    def _say_plan(self) -> None:
-        """How many steps there are, of how many pictures, and what epochs they amount to."""
-        self.planned, cfg = True, self.cfg
-        factors = (cfg.batch_size, "batch"), (cfg.accum, "accum"), (self.world, "processes")
-        several = [f"{count} {name}" for count, name in factors if count > 1]
-        count = math.prod(number for number, _ in factors)
-        how = f" ({' x '.join(several)})" * (len(several) > 1)
-
-        def epochs(pairs: list, begin: int = 0) -> str:
-            return f"{(self.total - begin) * count / len(pairs):.3g}"
-
-        sizes, passes = str(count), f"{epochs(self.data.labeled)} epochs"
-        if not getattr(cfg, "supervised_only", True):
-            sizes = f"{count} labelled and {count} unlabelled"
-            others = epochs(self.data.unlabeled, self.begins.get("unlabeled", 0))
-            passes += f" of the labelled, {others} of the unlabelled"
-        self.print(f"{self.total} steps of {sizes} pictures{how}: {passes}")
-
-    def _say_time(self, step: int, steps: range) -> None:
-        """How long it will take: by five steps, soon after the start and after a warm-up."""
-        starts = {max(begin, steps.start) for begin in (0, self.begins.get("unlabeled", 0))}
-        if self.rank or not {step - 3, step - 8} & starts:  # the first steps take longer
+    def _say_time(self, step: int) -> None:
+        """How long it will take, soon after the start and after a warm-up."""
+        if self.rank or not self.clock.looks(step):
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        if step - 8 in starts:
-            seconds = (time.time() - self.clocks[step - 5]) / 5 * (steps.stop - step)
-            if seconds >= 20:
-                left = f"about {duration(seconds)} to step {steps.stop}"
-                tqdm.write(f"step {step}/{self.total}  {left}, without evaluations")
-        self.clocks[step] = time.time()
+        if left := self.clock.look(step):
+            tqdm.write(f"step {step}/{self.total}  {left}")
 
     def seed(self, step: int) -> None:
         """Seed torch by --seed, a step and the process."""
@@ -557,41 +537,12 @@ class Run:
             self.kept = open_folder(self.folder, lines, settings, again, files)
 
     def _load(self) -> None:
-        path = self.folder / "last.pt"
-        try:
-            # Not to the device, whose memory the run needs; each part moves what it takes.
-            saved = machine.read_checkpoint(path)
-            settings, self.rest = dict(saved["settings"]), dict(saved["state"])
-            self.first, self.miou, self.best = (saved[name] for name in ("step", "miou", "best"))
-            # What is printed has to be small: a list of lists may grow without end.
-            named = all(isinstance(name, str) for name in settings)
-            small = all(is_simple(v) or all(map(is_simple, v)) for v in settings.values())
-            scores = isinstance(self.miou, float) and isinstance(self.best, float)
-            if not (named and small and scores and isinstance(self.first, int) and self.first >= 0):
-                raise ValueError
-        except Exception as error:  # a dozen kinds
-            kind = type(error).__name__
-            raise InputError(f"{path}: unreadable ({kind}); delete it to start afresh") from error
-        refuse_other(self.folder, self.script, settings)
-        settings, now = settings | {"script": self.script}, self._settings()
-        names = [name for name in settings | now if settings.get(name) != now.get(name)]
-        if self.cfg.resume == "changed" and saved.get("classes") == list(self.data.classes):
-            names = [name for name in names if name != "pictures"]
-        elif names in ([], ["pictures"]):
-            files = shortened(changed_files(self.folder, self.data.files))
-            if files or names:
-                then = f"it was {settings.get('pictures')}, now it is {now['pictures']}"
-                raise InputError(
-                    f"{self.folder}: the data is not what the run began with: {files or then}; "
-                    "restore it, or take it as it is by --resume changed"
-                )
-        for name in names:
-            flag = name if name in ("processes", "pictures") else f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{self.folder}: was started with {flag} {settings.get(name)}, now it is "
-                f"{now.get(name)}; resume as the run was started"
-            )
+        changed = self.cfg.resume == "changed"
+        saved = read_last(self.folder, self._settings(), self.data, changed)
+        self.first, self.miou, self.best = saved["step"], saved["miou"], saved["best"]
+        self.rest = dict(saved["state"])
         if self.first > self.total:
+            path = self.folder / "last.pt"
             raise InputError(f"{path}: is of step {self.first}; delete it to start afresh")
         self._take_up(self.state)
 
@@ -605,24 +556,12 @@ class Run:
             raise InputError(f"{path}: damaged ({kind}); delete it to start afresh") from error
 
     def _settings(self) -> dict:
-        """What a resumed run must share: its data, and all flags but those it may change."""
-        free = "output_dir resume save_every data_path workers device check deterministic".split()
-        settings = {k: v for k, v in asdict(self.cfg).items() if k not in free}
-        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        pictures = " ".join(self.data.summary().split())
-        return settings | dict(script=self.script, processes=self.world, pictures=pictures)
+        return settings_of(self.script, self.cfg, self.data, self.world)
 
     def _write_checkpoints(self, done: int, names: list[str]) -> None:
         """best.pt holds the model alone, last.pt also all that resuming takes."""
-        model = IMAGENET | dict(
-            networks=[network.state_dict() for network in self.networks],
-            arguments=[network.arguments for network in self.networks],
-            classes=list(self.data.classes),
-            colors=[list(color) for color in self.data.colors],
-            window=self.cfg.eval_window,
-            step=done,
-            miou=self.miou,
-        )
+        window = self.cfg.eval_window
+        model = model_part(self.networks, self.data, window, done, self.miou)
         everything = self.state | self.stage
         parts = {name: part.state_dict() for name, part in everything.items()}
         whole = model | dict(best=self.best, settings=self._settings(), state=parts)
@@ -705,18 +644,6 @@ class Run:
         except InputError as error:
             if not waiting:
                 tqdm.write(f"{error}", file=sys.stderr)
-
-
-def is_simple(value: Any) -> bool:
-    """Whether it is a string or a number such as flags have."""
-    return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _mix(*numbers: int) -> int:

@@ -47,7 +47,8 @@ from common.flags import (
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
 from common.outputs import iou_columns, replace_file, replace_text
-from common.run import InputError, Run, duration, main
+from common.progress import duration
+from common.run import InputError, Run, main
 
 TINY = SEMI | dict(iters=8)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -138,6 +139,7 @@ class Run:
         # small: without gradients they take less memory.
         self.pixels = max(cfg.batch_size * cfg.crop_size**2, 2**16)
         self.window = windows(cfg.eval_window)
+        self.trained = WeakSet()  # what `wrap` has made; a stage's networks end with it
         self.show: Show | None = None  # what the method adds to panels.png, networks in eval mode
         self.name = run_name(script, cfg)
         self.folder = machine.in_all_processes(lambda: choose_folder(script, cfg))
@@ -187,7 +189,10 @@ class Run:
 
     def wrap(self, network: nn.Module, find_unused: bool = False) -> nn.Module:
         """The same for one that learns, with the gradients of all processes: machine.wrap."""
-        return machine.wrap(network, self.device, find_unused)
+        network = machine.wrap(network, self.device, find_unused)
+        if self.world > 1:
+            self.trained.add(network)
+        return network
 
     def start(self, data: Data, model: list[nn.Module], **state: Any) -> None:
         """Decode the pictures that must be right; open the folder, or `last.pt` when resumed.
@@ -299,6 +304,8 @@ class Run:
                 self._say_time(step)
                 for number in range(accum):
                     self.more_to_come = number + 1 < accum
+                    for network in self.trained:  # processes exchange a step's gradients once
+                        network.require_backward_grad_sync = not self.more_to_come
                     self.seed(step * accum + number)
                     yield step
                 self._pause(step, bool(stage) and step + 1 == steps.stop)

@@ -729,6 +729,15 @@ def test_resume_says_where_it_goes_on(few, light, tmp_path, capsys, power_cut):
     assert "--resume: all 4 steps are done\n" in out and "epochs" not in out
 
 
+def test_processes_exchange_gradients_once_a_step(few, light, tmp_path, monkeypatch):
+    run, network = begun(tmp_path, accum=3)
+    run.world = 2
+    monkeypatch.setattr(run, "_wishes", lambda step, at_once: (0, False))
+    trained = run.wrap(network)
+    exchanged = [trained.require_backward_grad_sync for _ in itertools.islice(run.loop(), 6)]
+    assert exchanged == [False, False, True] * 2
+
+
 @pytest.mark.parametrize(
     "script, flags, plan",
     [

@@ -24,13 +24,15 @@ Where to find it
 
 Differences from the paper (P) and the released code (C) stand at their lines: `grep Δ cac.py`. We
 had C and P's equations and tables, not its text. What changes results most:
-    1. The mean is over the anchors that learn, as in C; P's, it seems, over a picture's overlap
-       (`--mean-over overlap`), whose gradient is far smaller where few cells are confident.
+    1. The mean is over the anchors that learn, as in C; in P, it seems, over a picture's overlap
+       (`--mean-over overlap`): a far smaller gradient where few cells are confident.
     2. The loss is exact; C adds 1e-8 to denominator and logarithm, which caps it at 18.4.
     3. Pictures are augmented anew each time; C replays its stored batches within an epoch.
 Left out: image-level labels (not in C either), PSPNet, Table 3's row I (a distance, no negatives).
 
-    python cac.py    # 53.9 mIoU, mean of three seeds (supervised 46.6); 1 to 3 minutes on a CPU
+    python cac.py --amp none
+
+gives 53.9 mIoU, mean of three seeds (supervised: 46.6), in 1 to 3 minutes on a CPU.
 """
 
 import math
@@ -81,20 +83,21 @@ class Config(SemiConfig):
     lam: float = 0.1  # λ, weight of the contrastive loss after the warm-up
     tau: Positive = 0.1  # τ, temperature of Eq. (1)
     gamma: Share = 0.75  # γ of Eq. (7): confidence above which a target teaches; 0: all teach
-    warmup: Part = 0.1  # share of the steps that are supervised, at the start
+    warmup: Part = 0.1  # share of the steps, at the start, that learn from labels alone
     bank: int = 8  # earlier batches whose features are negatives too: 0 to 2 released
     mean_over: Literal["active", "overlap"] = "active"  # N of Eq. (1): anchors that learn, or all
     projector: bool = True  # contrast Φ's features; if not, the decoder's
     context: bool = True  # two overlapping crops; if not, two views of one crop
     directed: bool = True  # Eq. (2): only the less confident of two features learns
     class_filter: bool = True  # Eq. (5): negatives are of another class than the anchor
-    base_size: Count = 64  # pixels, near your pictures' long side: what the scales refer to
-    scales: Span = (0.75, 1.25)  # smallest, largest long side / base_size, labelled crops
+    base_size: Count = 64  # long side in pixels that the scales multiply: about your pictures' own
+    scales: Span = (0.75, 1.25)  # smallest, largest long side / --base-size, labelled crops
     pair_scales: Span = (0.8, 1.25)  # the same for crop pairs
-    # Δ C: milder colours, and no dropout, for short runs on small pictures that colour tells apart.
-    strength: Share = 0.2  # of the crop pairs' photometry: 1 released
+    # Δ C: milder colours, and no dropout, for short runs on small pictures of classes that differ
+    # in colour.
+    strength: Share = 0.2  # of the crop pairs' colours and blur: 1 released
     jitter: bool = False  # colour jitter of labelled crops: on Cityscapes
-    dropout: Share = 0.0  # in ASPP and decoder, a fifth before the classifier: 0.5 released
+    dropout: Share = 0.0  # rate in ASPP and decoder, a fifth before the classifier: 0.5 released
 
     left_out = SemiConfig.left_out + ("lam", "tau", "gamma", "warmup", "bank", "mean_over")
     left_out += ("projector", "context", "directed", "class_filter", "pair_scales", "strength")
@@ -103,8 +106,8 @@ class Config(SemiConfig):
 # The released code's values. 80 epochs of 1,157 steps, whatever the labelled share; the first 5 are
 # the warm-up. 8 + 8 pictures a step, as 4 + 4 on each of 2 GPUs (VOC), 2 + 2 on each of 4
 # (Cityscapes).
-# Δ C: `1/8` is every eighth of the sorted ids. C has random lists: `--labeled LIST` takes those for
-# VOC, and of those for Cityscapes the pictures, whose masks have other values.
+# Δ C: `1/8` is every eighth of the sorted ids; C has random lists, which `--labeled LIST` takes. Of
+# those for Cityscapes the masks, of trainIds, are not read, but the pictures' labelIds.
 RELEASED = dict(
     dataset="voc",
     labeled="1/8",
@@ -219,8 +222,8 @@ def directional_contrastive_loss(
             for part in slices
         ]
     # Δ P: N is the number of anchors that learn, in a process's batch, as in C. P writes 1 / N; we
-    # take it for all cells in a picture's overlap: "overlap" is that, of the batch's pictures
-    # together. 0 without any, as in C.
+    # read N as the cells of a picture's overlap; "overlap" counts those of the whole batch. 0
+    # without any, as in C.
     count = len(active) if mean_over == "active" else len(anchor_conf)
     return torch.cat(losses).sum() / max(count, 1)
 
@@ -273,20 +276,20 @@ class ContrastiveNet(nn.Module):
 class Bank:
     """The features of the last batches: with the current ones they are F_u, the negatives.
 
-    All cells of both crops are, padding's too.
+    Every cell of both crops is a negative, on padding too.
     """
 
-    # Δ C: it draws a number of them, which in its settings is all.
+    # Δ C: no sampling; C draws a number of cells, in its settings all of them.
     def __init__(self, batches: int):
         self.past = deque(maxlen=batches)
 
-    def extended(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """All negatives, (M, D) and their classes (M,): this batch's, given, and the bank's.
+    def push(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a batch's; all negatives, (M, D) and their classes (M,): those and earlier ones.
 
-        The bank remembers this batch's. All are constants, without a gradient.
+        All are constants, without a gradient.
         """
         current = features.detach(), labels
-        # Those of a checkpoint are on the CPU.
+        # Entries of a checkpoint are on the CPU.
         past = [tuple(part.to(labels.device) for part in entry) for entry in self.past]
         everything = [*past, current]
         self.past.append(current)
@@ -317,8 +320,8 @@ def overlapping_crops(
     crop is a multiple of the stride. A picture smaller than the crop counts as padded at the bottom
     and the right; the common rectangle leaves padding out. The second box is the first one moved by
     multiples of the stride, so that all corners of the common rectangle are such multiples. The
-    intersection over union of the boxes is within the bounds; after `tries` draws, from torch's
-    generator, outside them the second box is the first.
+    boxes' intersection over union is within the bounds; where none of `tries` draws, from torch's
+    generator, has such a one, the second box is the first.
     """
 
     def draw(size: int) -> int:
@@ -391,7 +394,7 @@ def photometry(strength: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 
 def draw_scale(image: Tensor, base_size: int, scales: tuple[float, float]) -> float:
-    """What scales the long side of a picture (3, H, W) to a random length between two bounds."""
+    """The factor that gives a picture (3, H, W) a random long side within scales * base_size."""
     low, high = (int(scale * base_size) for scale in scales)
     return int(torch.randint(low, high + 1, ())) / max(image.shape[-2:])
 
@@ -407,6 +410,7 @@ def labeled_view(
     """A crop of a labelled picture (3, H, W) uint8, perhaps mirrored, changed, and its label."""
     # Δ C: padded on all sides; there at the bottom and the right, as crop pairs are here too.
     scale = draw_scale(image, base_size, scales)
+    # Of the views, the one without `change` and the mask of padding are not needed.
     _, label, _, image = train_view(image, label, crop, (scale,), change)
     return image, label
 
@@ -425,7 +429,7 @@ def pair_view(
     Flip and photometry are each crop's own. No label is used.
     """
     # The aligned cells do not see quite the same pixels, as in C: crops are moved by 8 pixels, the
-    # backbone's stride is 16, and its grid in a mirrored crop lies up to 14.6 pixels off.
+    # backbone's stride is 16, and in a mirrored crop its grid lies 15 pixels off.
     # Δ C: resized bilinearly without antialiasing, as labelled crops are; there, bicubically. Half
     # a pixel of the shorter side is rounded to an even number; there, up.
     scale = draw_scale(image, base_size, scales)
@@ -451,7 +455,7 @@ def overlap(match: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def agreement(o1: Features, o2: Features, gamma: float) -> dict[str, Tensor]:
-    """Of the overlap's cells: those where a target teaches, those where the crops disagree."""
+    """Shares of the overlap's cells: where a target teaches, where the crops disagree."""
     cells = max(len(o1.conf), 1)
     taught = (torch.maximum(o1.conf, o2.conf) > gamma).sum() / cells
     return dict(taught=taught, disagree=(o1.pseudo != o2.pseudo).sum() / cells)
@@ -540,7 +544,7 @@ def train(cfg: Config) -> Result:
     change_l, change_u = jitter() if cfg.jitter else nn.Identity(), photometry(cfg.strength)
     view_l = partial(labeled_view, **size, scales=cfg.scales, change=change_l)
     view_u = partial(pair_view, **size, scales=cfg.pair_scales, change=change_u)
-    if not cfg.context:  # only a box on top of the first has this: after all tries it is taken
+    if not cfg.context:  # an IoU of 1: the first box itself, at the latest after all tries
         view_u = partial(view_u, min_iou=1.0)
     warmup = cfg.iters if cfg.supervised_only else round(cfg.warmup * cfg.iters)
     batches_l = run.batches("labeled", view_l)
@@ -568,7 +572,7 @@ def train(cfg: Config) -> Result:
                 loss = loss_sup = cross_entropy(trained(images_l), labels_l)  # L_ce
         else:
             crop1, crop2, match = next(batches_u)
-            # Indices of the host's copy: those of the device's would have to be waited for.
+            # Cells are paired on the host: the device's `nonzero` would have to be waited for.
             cells1, cells2 = run.to_device(overlap(match))  # the same places in both crops
             crop1, crop2 = run.to_device([crop1, crop2])
             with run.autocast():
@@ -576,7 +580,7 @@ def train(cfg: Config) -> Result:
                 loss_sup = cross_entropy(logits_l, labels_l)  # L_ce
                 phi = run.gather(torch.cat([u1.phi, u2.phi]))
                 pseudo = run.gather(torch.cat([u1.pseudo, u2.pseudo]))
-                negatives, classes = bank.extended(phi, pseudo)  # F_u
+                negatives, classes = bank.push(phi, pseudo)  # F_u
                 o1, o2 = u1.at(cells1), u2.at(cells2)
                 loss_12 = contrast(o1.phi, o2.phi, o1.conf, o2.conf, o1.pseudo, negatives, classes)
                 loss_21 = contrast(o2.phi, o1.phi, o2.conf, o1.conf, o2.pseudo, negatives, classes)

@@ -6,31 +6,33 @@ CVPR 2021, arXiv 2106.01226.
 Two networks of one architecture start from different random heads and see the same pictures. On
 labelled pictures both learn the truth. On all pictures (with CutMix: on mixed unlabelled ones) each
 also learns the hard labels that the other predicts at that moment, with no threshold on confidence.
-A network taught by its own labels only grows surer of its errors; the other's errors differ, for it
-started elsewhere. So the two predictions are drawn together while unlabelled pictures become
-training data, and in the end the first network alone is the result.
+The paper's argument: a network taught by its own labels only grows surer of its errors, while the
+other one, which started elsewhere, errs elsewhere. So the two predictions are drawn together while
+unlabelled pictures become training data. In the end the first network alone is the result.
 
 Where to find it
     Eqs. (1), (2)  P1, P2, the networks' predictions            train; the losses apply the softmax
     Eq. (3)        L_s, both learn the truth                    supervised_loss
     Eq. (4)        L_cps^u, each learns the other's labels      cps_loss; L_cps^l has its form
-    Eq. (5)        L = L_s + λ L_cps, L_cps = L_cps^l + L_cps^u train
+    Eq. (5)        L = L_s + λ L_cps                            train
     CutMix         pseudo labels of two pictures, mixed         train; common.augment draws masks
-    Discussions    cross probability consistency                cross_probability_loss
+    Discussions    cross probability consistency (CPC)          cross_probability_loss
                    mean teacher                                 mean_teacher_loss, ema_update
-                   single network, PseudoSeg                    discussion_loss
+                   single network (SPS), PseudoSeg              discussion_loss
 
 Differences from the paper (P) and the released code (C) stand at their lines: `grep Δ cps.py`. What
 changes results most:
-    1. L_cps is one mean over labelled and unlabelled pixels, as in C: half of P's sum of two means.
+    1. L_cps = L_cps^l + L_cps^u is one mean over the pixels of both, as in C: half of P's sum.
     2. With CutMix it is taken on the mixed unlabelled pictures alone, as in C.
     3. CutMix mixes different pictures; C, by accident, two views of one picture.
     4. Rate and weight decay are those that C applies in effect: a rate of a quarter or less of the
-       published one, a decay of four or eight times.
-    5. For networks without pretrained weights λ rises from 0: `--ramp`.
+       published one, a decay of four or eight times C's (P's 5e-4 is a misprint).
+    5. In the embedded dataset's recipe, without pretrained weights, λ rises from 0: `--ramp`.
 Left out: the recipes for few hundred labels (Table 5), HRNet, self-training.
 
-    python cps.py    # 53.3 mIoU, mean of three seeds (supervised 44.1); 1 to 3 minutes on a CPU
+    python cps.py --amp none
+
+gives 53.3 mIoU, mean of three seeds (supervised: 44.1), in 1 to 3 minutes on a CPU.
 """
 
 from collections.abc import Callable
@@ -60,14 +62,14 @@ class Config(SemiConfig):
     SemiConfig has the rest: 8 + 8 pictures a step, rate, steps, crop, backbone, labelled share.
     """
 
-    supervision: Supervision = "cps"  # beside the labels: CPS, or an alternative of the Discussions
-    cutmix: bool = True  # teach on CutMix pictures; goes with cps, single and mean_teacher
+    supervision: Supervision = "cps"  # what teaches beside labels: CPS, or one of its alternatives
+    cutmix: bool = True  # mix unlabelled pictures; only for cps, single and mean_teacher
     lam: float = 2.0  # λ of Eq. (5): 1 on VOC, 5 on Cityscapes, 1.5 and 6 without CutMix; 2 is ours
     # Δ PC: λ is constant in both. Networks without pretrained weights teach noise at first.
-    ramp: Share = 0.15  # share of the steps over which λ rises to its value: 0 in the paper
-    count_padding: bool = False  # padding of a crop gets pseudo labels and counts, as released
-    ema_decay: Share = 0.99  # of the mean teacher, as released
-    scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of a training crop, one drawn for each
+    ramp: Share = 0.15  # share of the steps over which λ rises to --lam; 0, no rise, in the paper
+    count_padding: bool = False  # padding of a crop gets pseudo labels too, as in the released code
+    ema_decay: Share = 0.99  # of mean_teacher's weights: 0.99 in the released code
+    scales: tuple[float, ...] = (0.75, 1.0, 1.25)  # of training crops; each crop draws one of them
     ohem: bool = False  # L_s over the hard pixels only: on Cityscapes
 
     left_out = SemiConfig.left_out + ("supervision", "cutmix", "lam", "ramp", "count_padding")
@@ -77,13 +79,13 @@ class Config(SemiConfig):
 # A step sees 8 labelled and 8 unlabelled pictures; on several GPUs --batch-size is each process's
 # part of the 8, two or more. 16 x 39,680 pictures are 60 epochs of VOC's 10,582, 16 x 44,625 are
 # 240 of Cityscapes' 2,975. ResNet-101 takes the same settings: --backbone resnet101.
-# Δ C: as many steps for each labelled share; C's whole epochs are up to 1 % fewer.
+# Δ C: as many steps for every labelled share; C trains whole epochs, up to 1 % fewer steps.
+# Δ C: 1/r of the sorted pictures; C's lists follow another order: give them to --labeled.
 # Δ P: rate and decay are those that C applies in effect. It divides gradients by the number of
-# processes twice; once too often, for SGD, is the rate divided by that number and the decay
-# multiplied by it. C sets 0.01 on 4 processes for VOC, 0.02 on 8 for Cityscapes (P: 0.04), and a
-# decay of 1e-4 (P: 5e-4, by its authors' word a typo). Hence 0.01 / 4 = 0.02 / 8 = 0.0025, and
-# 4 x 1e-4 = 4e-4, 8 x 1e-4 = 8e-4.
-PAPER = dict(
+# processes, n, twice; for SGD the second division amounts to the rate / n and the decay x n. C sets
+# 0.01 on 4 processes for VOC, 0.02 on 8 for Cityscapes (P: 0.04), and a decay of 1e-4 (P: 5e-4, by
+# its authors' word a typo). Hence 0.01 / 4 = 0.02 / 8 = 0.0025, 4 x 1e-4 = 4e-4, 8 x 1e-4 = 8e-4.
+RELEASED = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
     lr=0.0025,
@@ -94,7 +96,7 @@ PAPER = dict(
     width=256,
     workers=4,
 )
-VOC = PAPER | dict(
+VOC = RELEASED | dict(
     dataset="voc",
     labeled="1/8",
     crop_size=512,
@@ -102,7 +104,7 @@ VOC = PAPER | dict(
     eval_every=1_984,
     count_padding=True,
 )
-CITYSCAPES = PAPER | dict(
+CITYSCAPES = RELEASED | dict(
     dataset="cityscapes",
     labeled="1/8",
     crop_size=800,
@@ -120,17 +122,20 @@ FOLDER = dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval
 COCO = FOLDER | dict(dataset="coco", labeled="1/32")
 RECIPES = {
     "shapes": {},
-    "folder": PAPER | FOLDER,
-    "coco": PAPER | COCO,
+    "folder": RELEASED | FOLDER,
+    "coco": RELEASED | COCO,
     "voc": VOC,
     "cityscapes": CITYSCAPES,
 }
-for name, lam in (("shapes", 1.5), ("folder", 1.5), ("voc", 1.5), ("cityscapes", 6.0)):
-    RECIPES[f"{name} no-cutmix"] = dict(lam=lam)
-    RECIPES[f"{name} mean_teacher"] = dict(lam=1.0)  # CutMix-Seg's
-    # C's, for a mean over pixels and classes.
-    RECIPES[f"{name} mean_teacher no-cutmix"] = dict(lam=100.0)
-CONFIDENT = 0.97  # CutMix-Seg weighs its loss with the share of pixels of this confidence
+# Ours: the other alternatives have CPS's λ.
+for dataset in list(RECIPES):
+    RECIPES |= {
+        f"{dataset} no-cutmix": dict(lam=6.0 if dataset == "cityscapes" else 1.5),
+        f"{dataset} mean_teacher": dict(lam=1.0),  # CutMix-Seg's
+        # C's, for a mean over pixels and classes.
+        f"{dataset} mean_teacher no-cutmix": dict(lam=100.0),
+    }
+CONFIDENT = 0.97  # CutMix-Seg weights its loss with the share of pixels at least this confident
 
 
 # --- the method (Sec. 3) ---
@@ -144,8 +149,8 @@ def supervised_loss(
 ) -> Tensor:
     """L_s, Eq. (3): both networks learn the truth.
 
-    logits1, logits2 (B, K, H, W), labels (B, H, W) with 255 void -> (). A sum over the networks,
-    each a mean over the pixels that are not void; with OHEM as criterion, over the hard ones.
+    logits1, logits2 (B, K, H, W), labels (B, H, W) with 255 void -> (). The sum of two means, each
+    over the pixels that are not void; with OHEM as criterion, over the hard ones.
     """
     return criterion(logits1, labels) + criterion(logits2, labels)
 
@@ -197,7 +202,7 @@ def cross_probability_loss(
 
     logits1, logits2 (B, K, H, W) -> (); kind l2: the squared distance, summed over classes; kl: the
     divergence KL(other || own). valid (B, H, W) bool leaves pixels out. In each of the two terms
-    the other network's probabilities are constant: otherwise both terms were one, counted twice.
+    the other network's probabilities are constant; otherwise the two terms would be equal.
     """
     total = 0.0
     for own, other in ((logits1, logits2), (logits2, logits1)):
@@ -254,17 +259,17 @@ def discussion_loss(
     """
     if kind in ("prob_l2", "prob_kl"):
         return cross_probability_loss(*logits, kind.removeprefix("prob_"), valid)
-    (student,), (teacher,) = logits, teaching  # one network learns, and one teaches
+    (student,), (teacher,) = logits, teaching
     if kind == "mean_teacher":
         # With CutMix this is CutMix-Seg (French et al., BMVC 2020), which the paper compares with.
         # Its own code has one box of half the area, averages the running statistics too, freezes
-        # BatchNorm on VOC, and evaluates the teacher.
+        # BatchNorm on VOC, evaluates the teacher, and divides both means by all pixels.
         return mean_teacher_loss(student, teacher, valid, CONFIDENT if cutmix else 0.0)
-    # single: a network learns its own labels. pseudoseg: those that it gives a weak view.
+    # single: the network learns its own labels; pseudoseg: those that it predicts for a weak view.
     return cross_entropy(student, labels_of(teacher, valid))
 
 
-# --- training (Sec. 4.1) ---
+# --- training ---
 
 
 def recipe(dataset: str, **changes: Any) -> Config:
@@ -294,18 +299,17 @@ def train(cfg: Config) -> Result:
     check_flags(cfg)
     data = run.load(mixed=cfg.cutmix)
 
-    # Same architecture, same pretrained backbone; only the random heads differ. That difference is
-    # the whole perturbation: with equal heads, Eq. (4) is each network taught by itself.
+    # Same architecture, same pretrained backbone; only the random heads differ.
     # Δ PC: without pretrained weights (the embedded dataset's recipe) the backbones differ, too.
     semi = not cfg.supervised_only
     kind = cfg.supervision
     twins = semi and kind in ("cps", "prob_l2", "prob_kl")
     build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
     networks = [build() for _ in range(2 if twins else 1)]
-    trained = [run.wrap(network) for network in networks]  # their gradients: of all processes
-    # A mean teacher is a second network that learns by averaging alone; else networks teach.
-    averaged = semi and kind == "mean_teacher"
-    teachers = [deepcopy(networks[0]).requires_grad_(False)] if averaged else networks
+    trained = [run.wrap(network) for network in networks]  # averages gradients over processes
+    # What labels: for mean_teacher a moving average of the network, else the networks themselves.
+    follows = semi and kind == "mean_teacher"
+    teachers = [deepcopy(networks[0]).requires_grad_(False)] if follows else networks
     everything = nn.ModuleList(dict.fromkeys(networks + teachers))  # each of them once
     optimizer, schedule = sgd_poly(networks, cfg.lr, cfg.weight_decay, cfg.iters)
     model = networks[:1]  # network 1 is evaluated and saved
@@ -326,7 +330,7 @@ def train(cfg: Config) -> Result:
     # One network alone has one of Eq. (3)'s two terms.
     supervise = partial(supervised_loss, criterion=criterion) if twins else criterion
     # C's λ of a mean teacher weighs a mean over pixels and classes; our loss sums over the classes.
-    lam = cfg.lam / len(data.classes) if averaged and not cfg.cutmix else cfg.lam
+    lam = cfg.lam / len(data.classes) if follows and not cfg.cutmix else cfg.lam
 
     for step in run.loop():
         images_l, labels_l, valid_l = run.to_device(next(batches_l))  # valid: False on padding
@@ -337,8 +341,8 @@ def train(cfg: Config) -> Result:
             if semi:
                 images_u, _, valid_u, *more = run.to_device(next(batches_u))
                 if cfg.cutmix:
-                    # Boxes of the picture before it in the batch, a quarter of the pixels, hide a
-                    # picture. Networks teach what they predict for whole ones, cut likewise.
+                    # In each picture boxes, a quarter of its pixels, show the one before it in the
+                    # batch. Networks label whole pictures; their labels are then mixed likewise.
                     # Δ P: no term for labelled pictures, as in C.
                     # Δ C: two pictures are mixed; there, two views of one, for the partners come
                     # from a second sampler that runs in step with the first.
@@ -356,9 +360,9 @@ def train(cfg: Config) -> Result:
                     valid = torch.cat([valid_l, valid_u])
                     logits = join(logits_l, [network(images_u) for network in trained])
                     teaching = logits
-                    if averaged:  # Δ P: by the student's view, as in C; in P by one of its own
+                    if follows:  # Δ P: the teacher sees the student's view, as in C; in P its own
                         teaching = join(predict(teachers, images_l), predict(teachers, images_u))
-                if cfg.count_padding:  # Δ C: on own data padding does not count; there it does
+                if cfg.count_padding:  # Δ C: counted; here only in the paper's recipes
                     valid = torch.ones_like(valid)
                 if kind == "cps":
                     pseudo1, pseudo2 = (labels_of(taught, valid) for taught in teaching)  # Y1, Y2
@@ -374,7 +378,7 @@ def train(cfg: Config) -> Result:
         run.update(optimizer)
         optimizer.zero_grad()  # here, not before `backward`: the next passes need the memory
         schedule.step()
-        if averaged:
+        if follows:
             ema_update(teachers[0], networks[0], cfg.ema_decay)
         run.log(step, loss_sup=loss_sup, loss_unsup=loss_unsup)
         run.evaluate(step)

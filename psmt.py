@@ -10,7 +10,7 @@ label, weighted with its confidence ("strict"); elsewhere a pixel does not count
 find that label under harder conditions ("perturbed"): other colours, CutMix, and adversarial noise
 on its features, the small step that most changes what the teachers' decoders make of them.
 
-Where to find it (we know the number of only one of the paper's equations)
+Where to find it (of the paper's equation numbers we know one)
     Eq. (4)   the ensemble: mean of two teachers' logits, then softmax      train; deeplab.Ensemble
     Conf-CE   hard labels weighted with confidence, above a threshold τ     conf_ce_loss
     T-VAT     r_adv = argmax KL(p(z) || p(z + r)) over ||r|| <= eps         t_vat
@@ -20,18 +20,21 @@ Where to find it (we know the number of only one of the paper's equations)
     CutMix, ZoomIn/Out, weak and strong views              box_masks, zoom, views; common.augment
 
 What differs from the paper (P) or the released code (C) stands at its line: `grep Δ psmt.py`. We
-had C, but not the text of P: what is said of P is from its abstract, notes that others took, and
-what its authors wrote elsewhere. What changes results most:
+had C but not the text of P: what is said of P rests on its abstract, on other readers' notes, and
+on what its authors wrote elsewhere. What changes results most:
     1. T-VAT's noise has the norm eps; C's, as released, is nearly zero where it was measured.
-    2. The ensemble is the plain mean; C lets one teacher complete the other's highest classes.
-    3. `--teachers copy`, the embedded dataset's: both start from the warmed-up student. `own`, as
-       in C and for pretrained weights: each network learns by itself in the warm-up.
+    2. The ensemble is the plain mean; in C one teacher counts with its seven highest logits alone.
+    3. `--teachers copy` (embedded dataset): both start as copies of the warmed-up student. `own`
+       (the other recipes, and C): each network learns by itself in the warm-up. All three then have
+       pretrained backbones, in C the student alone.
     4. A teacher's turn is a pass over the unlabelled pictures, as in C, but no longer than a
        twelfth of λ's rise.
     5. Labelled pictures are augmented anew each time; within an epoch C replays its first pass.
-Left out: negative learning, which C's scripts switch off, all but one job for Cityscapes.
+Left out: negative learning, which C's scripts switch off in all but one job for Cityscapes.
 
-    python psmt.py    # 52.4 mIoU, mean of three seeds (supervised 48.5); 1 to 3 minutes on a CPU
+    python psmt.py --amp none
+
+gives 52.4 mIoU, mean of three seeds (supervised: 48.5), in 1 to 3 minutes on a CPU.
 """
 
 import math
@@ -48,7 +51,7 @@ from torch import Tensor, nn
 
 from common.augment import cutmix_masks, mix, photometry, train_view
 from common.deeplab import DeepLabV3Plus, Ensemble
-from common.flags import Count, Part, SemiConfig, Share, Span, refuse_silence, with_recipe
+from common.flags import Count, Part, Positive, SemiConfig, Share, Span, refuse_silence, with_recipe
 from common.losses import OHEM_KEPT, supervised_criterion
 from common.metrics import evaluating
 from common.optim import sgd_poly
@@ -60,30 +63,30 @@ class Config(SemiConfig):
     """PS-MT's own settings, here those of the embedded dataset; RECIPES has the others."""
 
     iters: Count = 350  # optimisation steps, the warm-up's included
+    lr: Positive = 0.06  # rate in the warm-up; after it, falls to 0 as (1 - share done)^0.9
     eval_every: Count = 175  # steps between two evaluations, each of which writes last.pt
     threshold: Share = 0.6  # τ: a pixel teaches where the teachers' confidence is at least this
     lam: float = 1.5  # λ, weight of Conf-CE after its rise: 1.5 on VOC, 3 on Cityscapes
     ramp: Share = 0.15  # share of the steps over which λ rises from 0, after the warm-up
     warmup: Part = 0.1  # share of the steps that are supervised, at the start
-    teachers: Literal["own", "copy"] = "copy"  # learn by themselves in the warm-up, or are copied
-    ema_decay: Share = 0.9  # of the teachers: 0.996 in the released code
-    eps: float = 2.0  # norm of T-VAT's noise for each picture, 0: none; no source has the paper's
+    teachers: Literal["own", "copy"] = "copy"  # in the warm-up train alone, or copy the student
+    ema_decay: Share = 0.9  # EMA decay of the teachers: 0.996 in the released code
+    eps: float = 2.0  # norm of T-VAT's noise, by picture; 0: none; 2 is what the released code asks
     cutmix: Literal["box", "boxes", "off"] = "box"  # one box a picture (VOC), three (Cityscapes)
     # Δ P: off, as in C for DeepLabv3+; it is part of P's strong view.
     zoom: bool = False  # ZoomIn/Out of the strong view
     pseudo_eval: bool = False  # teachers label in eval mode; in the released code in training mode
     count_padding: bool = False  # padding of a crop teaches too, as in the released code
     scales: Span = (0.75, 1.25)  # smallest and largest scale of a training crop
-    # Δ C: milder colours, for short runs on small pictures that colour tells apart.
-    strength: Share = 0.2  # of the strong view's photometry: 1 in the released code
+    # Δ C: milder colours, for short runs on small pictures whose classes differ in colour.
+    strength: Share = 0.2  # of the strong view's colours and blur: 1 in the released code
     ohem: bool = False  # L_sup over the hard pixels only: on Cityscapes
 
     left_out = SemiConfig.left_out + ("threshold", "lam", "ramp", "teachers", "ema_decay", "eps")
     left_out += ("cutmix", "zoom", "pseudo_eval", "count_padding")
 
 
-# The released code's values, but for warmup and ramp, which are for `folder` (the others take
-# theirs from `lengths`), and for eps: C's call asks for 2, and gets nearly none.
+# The released code's values, but for eps: C's call asks for 2, and gets nearly none.
 RELEASED = dict(
     backbone="resnet50",
     weights="IMAGENET1K_V1",
@@ -91,8 +94,6 @@ RELEASED = dict(
     lr=0.0025,
     threshold=0.6,
     lam=1.5,
-    ramp=0.15,
-    warmup=0.01,
     teachers="own",
     ema_decay=0.996,
     eps=2.0,
@@ -101,17 +102,21 @@ RELEASED = dict(
     width=256,
     workers=4,
 )
+# Ours, for small sets of one's own.
 FOLDER = dict(dataset="folder", labeled="all", crop_size=320, iters=20_000, eval_every=2_000)
+FOLDER |= dict(warmup=0.01)
 # One process a GPU, as torchrun counts them. As in C, each takes a batch of its own, so that more
 # GPUs mean fewer steps; C ran on 4 for VOC, on 2 for Cityscapes.
 GPUS = int(os.environ.get("WORLD_SIZE", 1))
 # 8 + 8 pictures on each GPU, lr 0.0025 for each: 0.01 on 4. The long side is drawn from 300 to 1200
 # pixels, which are these scales for VOC's 500.
+# Δ C: 1/r of the sorted pictures; C's lists follow another order: give them to --labeled.
 VOC = RELEASED | dict(dataset="voc", crop_size=512, lr=0.0025 * GPUS, scales=(0.6, 2.4))
+VOC |= dict(count_padding=True)
 # 4 + 4 pictures on each GPU, lr 0.0045 on any number of them.
 # Δ C: OHEM, as C's README says of this setting; C builds it and never calls it.
 CITYSCAPES = RELEASED | dict(dataset="cityscapes", crop_size=800, eval_window=800, batch_size=4)
-CITYSCAPES |= dict(lr=0.0045, lam=3.0, cutmix="boxes", ohem=True)
+CITYSCAPES |= dict(lr=0.0045, lam=3.0, cutmix="boxes", ohem=True, count_padding=True)
 
 
 def lengths(labels: int, pictures: int, epochs: int, batch: int) -> dict:
@@ -199,15 +204,15 @@ def t_vat(
     # of 4e-4 to 1.5e-2 where it was measured, not of eps.
     # A small ξ measures the curvature at z exactly, but rounding hides a small step. The smallest
     # cosine to the direction of ξ = 0.01 in float64, of 64 pictures: 0.998 for ξ = 0.1 and 0.98 for
-    # ξ = 1 in float32; but 0.40 and 0.98 with the 10 bits of TF32, as which GPUs convolve float32.
-    # In bf16 none of them: autocast is off.
+    # ξ = 1 in float32; but 0.40 and 0.98 with TF32's 10 bits, in which GPUs convolve float32: hence
+    # ξ = 1. bf16 has fewer bits still: autocast is off.
     z = encoded.detach().to(torch.promote_types(encoded.dtype, torch.float32))
     d = torch.rand_like(z) - 0.5 if start is None else start.to(z)
     d = unit(d).requires_grad_()
 
     def log_p(features: Tensor) -> Tensor:
         logits = (decoder1(features) + decoder2(features)) / 2
-        if size is not None:  # interpolation is linear: that of the mean is the mean of two
+        if size is not None:  # interpolation is linear: once, of the mean, is enough
             logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         return logits.log_softmax(dim=1)
 
@@ -303,8 +308,8 @@ def zoom(images: Tensor, teacher_logits: Tensor, valid: Tensor) -> tuple[Tensor,
     """
     from torchvision.transforms import RandomResizedCrop  # here, for it takes a second
 
-    # Δ C: never run for DeepLabv3+ there, and for PSPNet it zooms the target but not the picture.
-    # This is what notes say of P, with C's numbers.
+    # Δ C: C never runs it for DeepLabv3+, and for PSPNet zooms the target but not the picture. The
+    # method is what notes say of P, the numbers are C's.
     draw, (height, width) = float(torch.rand(())), valid.shape[1:]
     top, left, box_h, box_w, out_h, out_w = 0, 0, height, width, height, width
     if draw < 0.4:
@@ -342,7 +347,7 @@ def train(cfg: Config) -> Result:
     """Run the experiment; the result's model is the mean of the teachers' logits (Ensemble).
 
     With --supervised-only it is the student. Raises InputError for flags and files that cannot be
-    right.
+    right, and when training diverges.
     """
     ignored = {}
     if cfg.crop_size**2 <= OHEM_KEPT:
@@ -351,7 +356,7 @@ def train(cfg: Config) -> Result:
     run = Run("psmt", cfg)
     data = run.load(mixed=cfg.cutmix != "off")
 
-    # Δ C: all three start in the same way, with `own` from a head of each's own. C loads the
+    # Δ C: all three start alike, but with `own` each from a random head of its own. C loads the
     # pretrained weights into the student alone, so that the teachers' backbones start at random;
     # and the student's head has PyTorch's default weights.
     build = partial(DeepLabV3Plus, len(data.classes), cfg.backbone, cfg.weights, cfg.width)
@@ -382,16 +387,16 @@ def train(cfg: Config) -> Result:
     # Δ C: a picture's partner is another one, the same for all its boxes, which cancel where they
     # overlap; in C it may be the picture itself, and each box has its own.
     masks_of = box_masks if cfg.cutmix == "box" else cutmix_masks
-    # Steps after which the other teacher follows: a pass over the unlabelled pictures.
-    # Δ C: or a twelfth of λ's rise, where that is shorter. In C it is the same, for the rise takes
-    # 12 passes; in a short run one teacher would rest from before the rise until its end.
+    # Steps until it is the other teacher's turn: a pass over the unlabelled pictures.
+    # Δ C: at most a twelfth of λ's rise. For C's rise of 12 passes that changes nothing; in a short
+    # run one teacher would rest from before the rise until its end.
     turn = math.ceil(len(data.unlabeled) / run.world) // (cfg.batch_size * cfg.accum)
-    rise = cfg.ramp * cfg.iters
-    if rise:
-        turn = min(turn, round(rise / 12))
+    ramp = cfg.ramp * cfg.iters
+    if ramp:
+        turn = min(turn, round(ramp / 12))
     turn = max(turn, 1)
 
-    # Where BatchNorm is, of what follows the teachers' encoding.
+    # The part of the teachers' decoders that has BatchNorm.
     normalised = nn.ModuleList(teacher.decoder for teacher in teachers)
 
     def noise(encoded: Tensor) -> Tensor:
@@ -427,23 +432,23 @@ def train(cfg: Config) -> Result:
                     teacher_logits = ensemble(weak_u)  # (B, K, H, W)  Eq. (4)
                 if cfg.zoom:
                     strong_u, teacher_logits, valid = zoom(strong_u, teacher_logits, valid)
-                if cfg.cutmix != "off":  # teachers saw uncut pictures; their answers are cut now
+                if cfg.cutmix != "off":  # teachers saw whole pictures; their logits are mixed now
                     masks = masks_of(*valid.shape, device=run.device)
                     strong_u, teacher_logits = mix(strong_u, masks), mix(teacher_logits, masks)
                     valid = mix(valid, masks)
-                if cfg.count_padding:  # Δ C: padding does not teach, unless this is set
+                if cfg.count_padding:  # Δ C: counted; here only in the paper's recipes
                     valid = torch.ones_like(valid)
                 logits_u = trained(strong_u, perturb)  # (B, K, H, W)
                 loss_conf = conf_ce_loss(logits_u, teacher_logits, cfg.threshold, valid)  # L_conf
-                lam = cfg.lam * ramp_up(step - warmup, rise)  # λ(t)
+                lam = cfg.lam * ramp_up(step - warmup, ramp)  # λ(t)
                 loss = loss_sup + lam * loss_conf  # L
-            elif own:  # Δ C: each by itself, but from one batch; there, one after the other
+            elif own:  # Δ C: all three from one batch; there, one after the other
                 loss = loss + sum(criterion(teacher(weak_l), labels_l) for teacher in teachers)
 
         run.backward(loss / cfg.accum)
         if run.more_to_come:  # with --accum N the loop comes N times to a step
             continue
-        run.average_gradients(ensemble)  # those of `own`; the student's are averaged by its wrapper
+        run.average_gradients(ensemble)  # of `own` teachers; the student's wrapper averages its own
         run.update(optimizer)
         optimizer.zero_grad()
         if step >= warmup:

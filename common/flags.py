@@ -120,7 +120,9 @@ def parse_config(config: type[RunConfig], recipes: dict[str, dict], argv: list[s
     cfg = with_recipe(config, recipes, **given)
     if asked:
         for action in actions:
-            action.help += f" [{getattr(cfg, action.dest)}]".replace("%", "%%")
+            value = getattr(cfg, action.dest)
+            shown = f"{value:.4g}" if isinstance(value, float) else f"{value}"
+            action.help += f" [{shown}]".replace("%", "%%")
         parser.parse_args(["--help"])
     return cfg
 
@@ -165,7 +167,9 @@ def refuse_silence(cfg: RunConfig, recipes: dict[str, dict], **ignored: str) -> 
     for name, reason in ignored.items():
         value = getattr(cfg, name)
         if value not in (usual[name], defaults[name]):
-            raise InputError(f"{_flag(name)} {value}: has no effect {reason}")
+            switches = {True: _flag(name), False: _flag(f"no_{name}")}
+            given = switches[value] if isinstance(value, bool) else f"{_flag(name)} {value}"
+            raise InputError(f"{given}: has no effect {reason}")
     toy = all(getattr(cfg, name) == defaults[name] for name in ("weights", "crop_size", "lr"))
     if toy and cfg.dataset != config.dataset and cfg.given is None:
         raise InputError(

@@ -288,7 +288,7 @@ def test_the_pool_is_this_steps_features_and_those_of_the_last_steps(steps):
     bank = cac.Bank(steps)
     for step in range(1000):
         features = torch.full((3, 2), float(step), requires_grad=True)
-        pool, labels = bank.extended(features, torch.full((3,), step))
+        pool, labels = bank.push(features, torch.full((3,), step))
         assert sorted(labels.tolist()) == sorted(3 * list(range(max(step - steps, 0), step + 1)))
         assert torch.equal(pool, labels[:, None].expand(-1, 2).float())
         assert not pool.requires_grad and len(bank.past) == min(step + 1, steps)
@@ -665,13 +665,13 @@ def test_panels_of_a_run_have_what_is_taught_and_those_of_the_baseline_not(tmp_p
 
 def everything_learns(folder, **flags):
     """A run in which all cells are anchors that learn: its weights, and each step's negatives."""
-    pools, extended = [], cac.Bank.extended
+    pools, push = [], cac.Bank.push
     flags |= dict(context=False, directed=False, gamma=0.0, pair_scales=(1.0, 1.0), lam=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "COUNTS", COUNTS)
         patch.setattr(deeplab, "dilated_resnet", light_resnet)
         patch.setattr(cac, "DeepLabV3Plus", Local)
-        patch.setattr(cac.Bank, "extended", lambda *a: pools.append(extended(*a)) or pools[-1])
+        patch.setattr(cac.Bank, "push", lambda *a: pools.append(push(*a)) or pools[-1])
         result = cac.train(cac.Config(output_dir=str(folder), **TINY | flags | dict(width=3)))
         return result.model.state_dict(), pools
 

@@ -176,7 +176,8 @@ def test_each_alternative_has_its_loss():
 def test_each_alternative_has_its_weight():
     for kind, plain, mixed in (("cps", 1.5, 1), ("single", 1.5, 1), ("mean_teacher", 100, 1)):
         for cutmix, expected in ((False, plain), (True, mixed)):
-            assert cps.recipe("voc", supervision=kind, cutmix=cutmix).lam == expected
+            for dataset in ("voc", "coco", "folder"):
+                assert cps.recipe(dataset, supervision=kind, cutmix=cutmix).lam == expected
             assert cps.recipe("voc", supervision=kind, cutmix=cutmix, lam=3.0).lam == 3
 
 

@@ -92,9 +92,7 @@ def test_a_bank_from_a_checkpoint_goes_where_the_run_is():
     bank = cac.Bank(2)
     bank.load_state_dict({"past": [[torch.ones(3, 4), torch.ones(3)]]})
     for count in (5, 7, 6):  # as long as the bank remembers it
-        negatives, labels = bank.extended(
-            torch.ones(2, 4, device="meta"), torch.ones(2, device="meta")
-        )
+        negatives, labels = bank.push(torch.ones(2, 4, device="meta"), torch.ones(2, device="meta"))
         assert negatives.device == labels.device == torch.device("meta")
         assert len(negatives) == len(labels) == count
 

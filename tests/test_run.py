@@ -224,7 +224,7 @@ def test_what_would_have_no_effect_is_refused():
     refuse_silence(voc(iters=9), RECIPES, **ignored)
     refuse_silence(Typed(), RECIPES, **ignored)
     message = said(partial(refuse_silence, voc(switch=False), RECIPES, **ignored))
-    assert message == "--switch False: has no effect without a light"
+    assert message == "--no-switch: has no effect without a light"
     # The recipe's own value is not one that the user gave.
     off = {"shapes": {}, "voc": RECIPES["voc"] | dict(switch=False)}
     refuse_silence(with_recipe(Typed, off, dataset="voc"), off, **ignored)

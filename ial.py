@@ -3,11 +3,11 @@
 Wang, Liu, Ma, Yang: Weakly-Supervised Semantic Segmentation by Iterative Affinity Learning, IJCV
 2020, arXiv 2002.08098.
 
-From image-level tags alone. A classifier of tags shows where it looks; these seeds train a unary
+From image-level tags alone. A classifier of tags shows where it looks: seeds. They train a unary
 network, the segmenter. Superpixels on which its predictions agree train a region network; it judges
 all superpixels by what regions of a class have in common, and those it is sure of are mined. They
-train a pairwise network, which learns the affinity G of pixels from the picture. G carries the
-unary predictions along; what comes out trains the next unary network: each learns from the other.
+train a pairwise network, which learns the affinity G of pixels from the picture. G carries unary
+predictions from pixel to pixel; they train the next unary network: each learns from the other.
 
 We had neither the paper's text nor code. Marks: [paper], its abstract, figures, tables, formulas
 that a review reports; [cited: ...], SPN (Liu et al. 2017), PSA (Ahn, Kwak 2018), IRN (Ahn et al.
@@ -29,14 +29,14 @@ Stage               reads, beside the pictures             writes: labels at pix
     mine_regions    tags, superpixels, majority            mined
     train_pairwise  superpixels, mined, unary°             (the network g_t)
     refine          tags, unary°                           refined°, labels
-All of round t, but for labels, which are those of round t - 1. refine reads also what two flags ask
-for: mined (--clamp), superpixels (--project).
+All of round t; only the labels that train_unary reads are those of round t - 1. refine also reads
+what two flags ask for: mined (--clamp), superpixels (--project).
 
 Choices that change results, all [ours]: gates are a softmax, and G is the mean of four scans where
 SPN takes their maximum, so that G is a matrix whose rows sum to 1; G_s = P G; mining relabels;
 f^m sees little around a superpixel; f_t, f^m, g_t start anew in each round; SLIC, and no CRF.
 
-    python ial.py    # 65.5 mIoU, mean of three seeds (first unary 59.7); 2 to 6 minutes on a CPU
+`python ial.py --amp none`: 65.5 mIoU, mean of three seeds (--method direct: 59.9), in minutes.
 """
 
 from collections.abc import Sequence
@@ -84,36 +84,37 @@ class Config(RunConfig):
     batch_size: Batch = 16  # pictures per process
     lr: Positive = 0.06  # of the unary networks, falling to 0 in each round
     background: str = ""  # names of the classes, with commas between, that become class 0
-    method: Literal["ial", "direct", "unary", "cam"] = "ial"  # baselines: f_t relabels; f_1; seeds
-    rounds: int = 2  # T: 5 in the paper
+    method: Literal["ial", "direct", "unary", "cam"] = "ial"  # direct: no G; unary: f_1; cam: seeds
+    rounds: Count = 2  # T, times that f and g train each other: 5 in the paper
     net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # the other three networks
-    net_lr: Positive = 0.2  # their learning rate
+    net_lr: Positive = 0.2  # learning rate of the classifier, region and pairwise networks
     net_steps: tuple[float, ...] = (1.2, 0.5, 1.8)  # classifier, region, pairwise: shares of iters
     clip: Positive = 5.0  # largest norm of a gradient: f begins at 10, g with --rule abs at 80
-    tag_scales: tuple[float, ...] = (1.0,)  # of the classifier's crops
-    cam_scales: tuple[float, ...] = (1.0,)  # of a picture, at which activation maps are summed
+    tag_scales: tuple[float, ...] = (1.0,)  # scales of the classifier's training crops
+    cam_scales: tuple[float, ...] = (1.0,)  # scales of a picture whose activation maps are summed
     fg: Share = 0.3  # a seed of a class is a superpixel with activation above this (cited: IRN)
-    bg: Share = 0.05  # and of background one where all are below this (cited: IRN)
-    scales: tuple[float, ...] = (1.0,)  # of the unary networks' crops
+    bg: Share = 0.05  # a seed of background: one with all activations below this (cited: IRN)
+    scales: tuple[float, ...] = (1.0,)  # scales of the unary networks' training crops
     segment_size: Count = 6  # side of a superpixel in pixels, about
     compactness: float = 20.0  # of superpixels: weight of place against colour
     share: Share = 0.8  # of a superpixel's pixels that have to agree on a class (paper)
     balance: bool = True  # classes weigh the same in L_m: ours; else regions do (paper)
-    mining: Literal["relabel", "agree", "rule80"] = "relabel"  # ours; the review's; without f^m
-    tau: Share = 0.7  # τ: confidence of a mined region; ours, where the colours of Fig. 4 part
+    mining: Literal["relabel", "agree", "rule80"] = "relabel"  # agree: as reviewed; rule80: no f^m
+    tau: Share = 0.7  # τ: least confidence of a mined region; ours, from the colours of Fig. 4
     stride: Count = 2  # side of a cell in pixels: maps are propagated from cell to cell
-    rule: Literal["softmax", "abs"] = "softmax"  # what makes gates of logits (abs cited: SPN)
+    rule: Literal["softmax", "abs"] = "softmax"  # how logits become gates (abs cited: SPN)
     scans: Literal["mean", "sequence"] = "mean"  # G: the four scans' mean, or their product
     passes: Count = 2  # how often G is applied (cited: SPN)
     lam: float = 0.3  # λ, weight of the smoothness loss
-    probes: Count = 2  # R, random maps that estimate it
+    probes: Count = 2  # R, random maps that estimate the smoothness loss
     clamp: bool = False  # propagate mined labels where there are any: ours, not the paper's
     project: bool = False  # labels are those of P G α^u, means over superpixels: ours
 
 
 # Δ P: [ours] lengths and rates, one rate for all layers; crops of 320 pixels. The classifier's
-# scales keep PSA's proportions [cited], 448 pixels of long sides 256 to 512, on VOC's 500: at the
-# unary's scales a crop would show 60 % of a picture, and yet carry all its tags.
+# scales keep PSA's proportions [cited], crops of 448 pixels of long sides of 256 to 512; VOC's long
+# sides are 500. At the unary's scales a crop would show 60 % of a picture, on average, and yet
+# carry all its tags.
 REAL = dict(backbone="resnet50", weights="IMAGENET1K_V1", width=256, crop_size=320, workers=4)
 REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5, batch_size=8)
 REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
@@ -248,16 +249,16 @@ class RegionNet(nn.Module):
     def __init__(self, num_classes: int, net: str, weights: str):
         super().__init__()
         # Δ P: [ours] a narrow field of view: 7 pixels of `small`, for superpixels of 6; 35 of
-        # ResNet-50's first two stages, for 13, the least that pretrained ones offer. A wide one
-        # repeats what the unary network saw; this one finds what regions of a class share.
+        # ResNet-50's first two stages, for 13 (ResNet-18's: 43). A wide one repeats what the unary
+        # network saw; this one finds what regions of a class share.
         self.stages, widths = trunk(net, weights, 2, [(24, 2, 1), (48, 1, 1)])
-        # Δ P: [ours] two layers of 128, C, for Fast R-CNN's fc6, fc7.
+        # Δ P: [ours] one hidden layer of 128, where Fast R-CNN has fc6 and fc7.
         self.head = nn.Sequential(
             nn.Linear(widths[-1], 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)
         )
 
     def forward(self, images: Tensor, segments: Tensor, count: int) -> Tensor:
-        # Δ P: [ours] their mean; the paper pools a grid of a superpixel's box, as Fast R-CNN does.
+        # Δ P: [ours] a superpixel's mean; the paper pools a grid of its box, as Fast R-CNN does.
         features = resize(self.stages(images), segments.shape[1:])
         return self.head(segment_mean(features, segments, count)[0])
 
@@ -307,7 +308,8 @@ def mine(
     elif mode in ("relabel", "agree"):
         conf, labels = mask_tags(region_probs.mT, tags).max(dim=1)  # (B, S)
         known = conf >= tau  # False where conf is NaN
-        # agree [paper, by a review]: regions that contradict their majority's label are removed.
+        # agree [paper, by a review]: regions that contradict their majority's label are removed;
+        # [ours] so are those without one.
         # Δ P: [ours] relabel, as we read Fig. 4: noisy regions are removed, and some corrected.
         known = known & (labels == majority) if mode == "agree" else known
     else:
@@ -322,8 +324,8 @@ def mine(
 # J(α) = α^T (D - W) α = 1/2 sum of w_ij (α_i - α_j)^2 for symmetric W; the sought α minimises it.
 #   E-step       dJ/dα = 2 (D - W) α; a step of length 1/2 gives α^p = α^u - (D - W) α^u = G α^u.
 #   M-step of g  -log p >= 1 - p, and rows of Y sum to 1, so that -Y^T log α^p >= N - Y^T G α^u. For
-#                Y = α^u that is N - |α^u|^2 + J(α^u) if G is symmetric: the loss bounds J, but for
-#                what g cannot change, from above.
+#                Y = α^u that is N - |α^u|^2 + J(α^u) if G is symmetric: up to what g cannot
+#                change, the loss bounds J from above.
 #   M-step of f  f learns α^p.
 # With Y = α^u, G = I would be a minimiser: nothing to learn. Hence the mined Y, of which it is
 # expected, not proved, that Y^T (D - W) α <= α^T (D - W) α. J falls in each E-step if G is
@@ -374,8 +376,8 @@ def mean_of_scans(values: Tensor, weights: Tensor, passes: int) -> Tensor:
 def scans_in_sequence(values: Tensor, weights: Tensor, passes: int) -> Tensor:
     """`propagate` with G = G4 G3 G2 G1: to the right, of that to the left, then down, then up.
 
-    One pass can fill an object from any part of it. In the mean, what a scan brings to a pixel is
-    a quarter there: the other three did not bring it.
+    One pass can fill an object from any part of it. In the mean it cannot: what one scan brings to
+    a pixel counts a quarter, for the other three did not bring it.
     """
 
     def lines_of(maps: Tensor) -> Tensor:
@@ -391,7 +393,7 @@ def scans_in_sequence(values: Tensor, weights: Tensor, passes: int) -> Tensor:
             lines = lines_of(values)
             for weight in pair:
                 neighbours, own = weight.split((3, 1), dim=1)  # (M, 3, J), (M, 1, J)
-                # The first line becomes the last: the opposite scan's first. It turns them back.
+                # Flipped, the last line comes first: the opposite scan's start; then flipped back.
                 lines = Scan.apply(own * lines, neighbours).flip(0)
             values = lines.unflatten(2, (len(values), -1)).transpose(0, 2)
     return values
@@ -483,8 +485,8 @@ def energy(
 
     values α (B, C, H, W), gates (B, 4, 4, H, W) -> (B,).
     """
-    # Δ P: [ours] the J of W = (G + G^T) / 2, never negative under `softmax`; of a G
-    # that is not symmetric, α^T (I - G) α can be.
+    # Δ P: [ours] the J of W = (G + G^T) / 2, never negative under `softmax`. α^T (I - G) α can be
+    # negative where G is not symmetric.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     squares = values.square()
     both = torch.cat([values, squares], dim=1)
@@ -551,7 +553,7 @@ def smoothness_loss(
     # map constant on every superpixel: smooth inside, edges at borders.
     shape = len(gates), probes, *gates.shape[-2:]
     device = "cpu" if generator is None else generator.device
-    # On the CPU the same signs for every device.
+    # Drawn on the CPU: the same signs whatever the device.
     coins = torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8)
     signs = (2 * coins - 1).to(gates)  # z, a constant: the gradient reaches the gates alone
     moved = propagate(signs, gates, passes, rule, scans)  # G z
@@ -563,7 +565,7 @@ def smoothness_loss(
 
 def tag_view(image: Tensor, tags: Tensor, crop: int, scales: tuple) -> tuple[Tensor, Tensor]:
     """A random crop of a picture (3, H, W) uint8, and its tags, all of them."""
-    # Δ P: [ours] without the colour jitter of PSA. train_view cuts a label, of which there is none.
+    # Δ P: [ours] without PSA's colour jitter. train_view wants a label; zeros stand in for it.
     return train_view(image, torch.zeros_like(image[0]), crop, scales)[0], tags
 
 
@@ -579,7 +581,7 @@ def crop_view(crop: int, stride: int, image: Tensor, *maps: Tensor) -> tuple[Ten
     for values in (image, *maps):
         cell = stride if values.is_floating_point() else 1
         (top, left), side = (start // cell for start in starts), crop // cell
-        # At most `side` long: the multiple of it to which `pad` goes is `side`.
+        # At most `side` long, so that `pad` continues it to exactly `side`.
         cuts.append(pad(values[..., top : top + side, left : left + side], side))
     return random_flip(normalise(cuts[0].float() / 255), *cuts[1:])
 
@@ -606,12 +608,12 @@ def clamped(unary: Tensor, mined: Tensor, stride: int) -> Tensor:
 
 
 def descend(run: Run, loss: Tensor, optimizer: SGD, schedule: lr_scheduler.PolynomialLR) -> None:
-    """One step down the loss, or with --accum N every N-th time down the mean of so many."""
+    """A step down the loss; with --accum N, at every N-th call, down the mean of the N losses."""
     run.backward(loss / run.cfg.accum)
     if run.more_to_come:
         return
-    run.scaler.unscale_(optimizer)  # with --amp fp16: what is clipped is not the scaled loss's
-    # Δ P: [ours] clipped; one rate for all layers.
+    run.scaler.unscale_(optimizer)  # with --amp fp16: to clip gradients, not scaled ones
+    # Δ P: [ours] clipped.
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], run.cfg.clip)
     run.update(optimizer)
     optimizer.zero_grad()
@@ -825,7 +827,10 @@ def check_flags(cfg: Config) -> None:
     if cfg.bg > cfg.fg:
         raise InputError(f"--bg {cfg.bg}: must not be above --fg {cfg.fg}")
     if len(cfg.net_steps) != 3 or min(cfg.net_steps) * cfg.iters < 1:
-        raise InputError(f"--net-steps {cfg.net_steps}: must be three shares of --iters")
+        given = " ".join(map(str, cfg.net_steps))
+        raise InputError(
+            f"--net-steps {given}: must be three shares of --iters {cfg.iters}, a step or more each"
+        )
     if cfg.crop_size % cfg.stride:
         raise InputError(f"--stride {cfg.stride}: must divide --crop-size {cfg.crop_size}")
 

@@ -56,7 +56,7 @@ class RunConfig:
     width: Count = 64  # channels of DeepLabv3+'s ASPP and decoder: 256 in its paper
     crop_size: Side = 48  # side of a training crop in pixels, a multiple of 8
     batch_size: Batch = 8  # labelled pictures per process and batch; as many unlabelled beside
-    accum: Count = 1  # batches a step, gradients averaged; BatchNorm, OHEM, CutMix see each alone
+    accum: Count = 1  # batches a step, gradients averaged; BatchNorm and means see each alone
     iters: Count = 250  # optimisation steps
     lr: Positive = 0.06  # initial rate, (1 - step / iters)^0.9 later; whatever batch and processes
     weight_decay: float = 1e-4  # on weights; BatchNorm and biases have none
@@ -69,7 +69,7 @@ class RunConfig:
     deterministic: bool = False  # twice the same bits on a GPU, slower; a CPU has them anyway
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     seed: Seed = 0  # of initial weights, batches and every step's randomness
-    output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>-<labeled>-s<seed>
+    output_dir: str = ""  # the run's own folder; empty: runs/<script>-<dataset>[-<labeled>]-s<seed>
     resume: Resume = False  # continue the run in the output folder; changed: on other data, too
 
 

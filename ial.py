@@ -44,7 +44,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ from torch.optim import SGD, lr_scheduler
 from common.augment import normalise, random_flip, train_view
 from common.deeplab import ConvBNReLU, DeepLabV3Plus, dilated_resnet
 from common.flags import (
+    Backbone,
     Batch,
     Count,
     InputError,
@@ -86,7 +87,7 @@ class Config(RunConfig):
     background: str = ""  # names of the classes, with commas between, that become class 0
     method: Literal["ial", "direct", "unary", "cam"] = "ial"  # direct: no G; unary: f_1; cam: seeds
     rounds: Count = 2  # T, times that f and g train each other: 5 in the paper
-    net: Literal["small", "resnet18", "resnet50", "resnet101"] = "small"  # the other three networks
+    net: Literal["small", Backbone] = "small"  # the other three networks; in recipes as --backbone
     net_lr: Positive = 0.2  # learning rate of the classifier, region and pairwise networks
     net_steps: tuple[float, ...] = (1.2, 0.5, 1.8)  # classifier, region, pairwise: shares of iters
     clip: Positive = 5.0  # largest norm of a gradient: f begins at 10, g with --rule abs at 80
@@ -117,7 +118,7 @@ class Config(RunConfig):
 # carry all its tags.
 REAL = dict(backbone="resnet50", weights="IMAGENET1K_V1", width=256, crop_size=320, workers=4)
 REAL |= dict(iters=20_000, eval_every=10_000, lr=0.005, weight_decay=5e-4, rounds=5, batch_size=8)
-REAL |= dict(net="resnet50", net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
+REAL |= dict(net_lr=0.01, net_steps=(0.33, 0.25, 0.5), stride=4, probes=4)
 REAL |= dict(tag_scales=(0.4, 0.5, 0.6, 0.7), cam_scales=(0.5, 1.0, 1.5, 2.0))
 REAL |= dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5), segment_size=13, compactness=10.0)
 # Δ P: [ours] COCO of 2017, its 118,287 training pictures; which ones the paper has is not known to
@@ -125,6 +126,8 @@ REAL |= dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5), segment_size=13, compactness=10
 RECIPES = {name: REAL | dict(dataset=name) for name in ("folder", "voc", "coco", "cityscapes")}
 RECIPES["coco"] |= dict(tag_scales=(0.3, 0.4, 0.5))
 RECIPES["cityscapes"] |= dict(tag_scales=(0.1, 0.15), cam_scales=(0.125, 0.25, 0.375, 0.5))
+# Δ P: [ours] all networks have one kind of encoder.
+RECIPES |= {f"{name} {net}": dict(net=net) for name in RECIPES for net in get_args(Backbone)}
 RECIPES["shapes"] = {}
 
 

@@ -28,6 +28,7 @@ class Needs(NamedTuple):
 
 # Types of flags. Every number is finite and 0 or more.
 Dataset = Literal["shapes", "folder", "voc", "coco", "cityscapes"]
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 Share = Annotated[float, Needs("between 0 and 1", lambda value: value <= 1)]
 Part = Annotated[float, Needs("0 or more and below 1", lambda value: value < 1)]
 Positive = Annotated[float, Needs("positive", lambda value: value > 0)]
@@ -51,7 +52,7 @@ class RunConfig:
 
     dataset: Dataset = "shapes"  # selects the recipe too
     data_path: str = ""  # the dataset's root folder; shapes needs none
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"  # of DeepLabv3+
+    backbone: Backbone = "resnet18"  # of DeepLabv3+
     weights: str = "none"  # none (random), a torchvision name such as IMAGENET1K_V1, or a path
     width: Count = 64  # channels of DeepLabv3+'s ASPP and decoder: 256 in its paper
     crop_size: Side = 48  # side of a training crop in pixels, a multiple of 8

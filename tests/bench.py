@@ -351,14 +351,13 @@ def measure_steps(name: str, args: argparse.Namespace) -> list[dict]:
 
 def config(script: Any, args: argparse.Namespace, **settings: Any) -> Any:
     """A script's Config: its default or its recipe for own pictures, and what the flags say."""
-    recipe = {}
+    own = {}
     if args.dataset == "folder":
-        recipe = script.RECIPES["folder"] | dict(weights="none", data_path=args.data)
-        recipe |= dict(crop_size=128, batch_size=2)
+        own = dict(weights="none", data_path=args.data, crop_size=128, batch_size=2)
     given = dict(crop_size=args.crop, batch_size=args.batch, backbone=args.backbone)
     given = {name: value for name, value in (given | dict(width=args.width)).items() if value}
     machine = dict(device=args.device, amp=args.amp, workers=args.workers, eval_every=10**6)
-    return script.Config(**(recipe | given | machine | settings))
+    return script.recipe(args.dataset, **(own | given | machine | settings))
 
 
 # --- parts: each a program beside a straightforward one ---

@@ -21,8 +21,9 @@ import trees
 from few_shapes import COUNTS, ROOT, TINY, finish, shared, start
 from torch import nn
 
+import ial
 from common import machine, shapes
-from common.flags import InputError, check_config, parse_config
+from common.flags import Backbone, InputError, check_config, parse_config
 from common.run import Run
 
 VARIANTS = {  # short runs that together take every switch of a script, beside TINY's own
@@ -457,7 +458,7 @@ def test_recipes_name_their_dataset_and_hold_values_that_can_be(name):
         dataset, *special = key.split()
         given = {}
         for word in special:  # a value of --backbone, --supervision or --labeled, or --no-FLAG
-            kinds = {"resnet101": "backbone", "mean_teacher": "supervision"}
+            kinds = dict.fromkeys(get_args(Backbone), "backbone") | dict(mean_teacher="supervision")
             off = word.startswith("no-")
             given |= (
                 {word.removeprefix("no-"): False} if off else {kinds.get(word, "labeled"): word}
@@ -472,6 +473,17 @@ def test_recipes_name_their_dataset_and_hold_values_that_can_be(name):
         assert cfg.dataset == dataset == script.RECIPES[dataset].get("dataset", "shapes")
         check_config(cfg)
         getattr(script, "check_flags", check_config)(cfg)
+
+
+def test_all_of_ials_networks_have_the_backbone_that_is_asked_for():
+    for words in ("--net small", "--net small --backbone resnet18", "--net resnet101"):
+        cfg = parse_config(ial.Config, ial.RECIPES, ["--dataset", "folder", *words.split()])
+        assert cfg.net == words.split()[1]
+    for dataset in TREES:
+        assert ial.recipe(dataset).backbone == ial.recipe(dataset).net == "resnet50"
+        for backbone in get_args(Backbone):
+            assert ial.recipe(dataset, backbone=backbone).net == backbone
+    assert ial.recipe("shapes", backbone="resnet50").net == "small"
 
 
 @every_script

@@ -659,6 +659,7 @@ def find_seeds(run: Run, cfg: Config, maps: Maps, steps: range) -> dict[str, flo
         # Δ P: [cited: MCOF] averaged over superpixels before the thresholds.
         cams = project(cams[..., :height, :width], segments, maps.count)
         maps.write_batch("seeds", indices, seeds(cams, tags, cfg.fg, cfg.bg))
+    maps.tell_absent(run, "seeds", "take a lower --fg, a higher --bg, or more --iters")
     return maps.quality(run, "seeds", "seeds") | {"cam": maps.best_threshold(run, "cam")}
 
 
@@ -727,6 +728,8 @@ def mine_regions(run: Run, cfg: Config, maps: Maps, steps: range, t: int) -> dic
         probs = probs.masked_fill(sizes[..., None] == 0, torch.nan)  # no cell, no features
         labels = mine(probs, majority, tags, cfg.tau, cfg.mining)
         maps.write_batch(f"mined{t}", indices, paint(labels, segments))
+    flag = "--share" if cfg.mining == "rule80" else "--tau"
+    maps.tell_absent(run, f"mined{t}", f"take a lower {flag}, or more --iters")
     return maps.quality(run, "mined", f"mined{t}")
 
 
@@ -778,6 +781,7 @@ def refine(run: Run, cfg: Config, maps: Maps, net: GuidanceNet, t: int) -> dict[
             # P is that of the pixels: a cell at an edge lies on both sides, and its mean hides it.
             enlarged = project(enlarged, segments, maps.count)
         maps.write_batch(f"labels{t}", indices, enlarged.argmax(dim=1))
+    maps.tell_absent(run, f"labels{t}", "take more --iters")
     before, after = (run.gather(energies).sum(dim=0) / len(maps.names)).tolist()
     logged = dict(energy_unary=before, energy_refined=after)
     return maps.quality(run, "refined", f"labels{t}") | logged

@@ -16,7 +16,7 @@ from common.augment import normalise
 from common.colors import colorize, palette
 from common.data import Draws, draws_loader, of_one_size, read_pair
 from common.flags import InputError, LoneError
-from common.layouts import Data
+from common.layouts import Data, shortened
 from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
 from common.outputs import explained
@@ -166,6 +166,16 @@ class Maps:
     def _batches(self, run: Run, indices: Iterable[int]) -> list[list[int]]:
         """Batches of pictures of one size."""
         return of_one_size({index: self._superpixels[index][0] for index in indices}, run.pixels)
+
+    def tell_absent(self, run: Run, kind: str, cure: str) -> None:
+        """Print which classes no map of a kind shows: what learns from them never learns these."""
+        counts = torch.zeros(1, 256, dtype=torch.int64, device=run.device)
+        for _, labels in self._read_ahead(run, self._batches(run, self.share(run)), kind):
+            counts += labels.flatten().bincount(minlength=256)
+        counts = run.gather(counts).sum(dim=0)[: self.num_classes].tolist()
+        absent = [name for name, n in zip(self.data.classes, counts, strict=True) if not n]
+        if absent:
+            run.print(f"{kind}: no pixel of {shortened(absent, 20)}; {cure}")
 
     def quality(self, run: Run, name: str, kind: str) -> dict[str, float]:
         """How the labels of a kind, 255 unknown, compare with the masks; NaN without masks.

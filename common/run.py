@@ -484,11 +484,18 @@ class Run:
         tqdm.write(f"step {done}/{self.total}  {figure}{shown}")
 
     def note(self, step: int, stage: str, **figures: float) -> None:
-        """A line of the log, and on the screen; one that is not finite could not be measured."""
+        """A line of the log, and on the screen, there in percent, but energies.
+
+        One that is not finite could not be measured.
+        """
         figures = {name: float(v) if math.isfinite(v) else None for name, v in figures.items()}
         if self.rank == 0:
             self._write_log({"step": step + 1, "stage": stage, **figures}, complete_log)
-            shown = "  ".join(f"{name} {v:.4g}" for name, v in figures.items() if v is not None)
+            known = {name: v for name, v in figures.items() if v is not None}
+            shown = "  ".join(
+                f"{name} {v:.4g}" if name.startswith("energy") else f"{name} {100 * v:.2f}"
+                for name, v in known.items()
+            )
             tqdm.write(f"step {step + 1}/{self.total}  {stage}: {shown}")
 
     def save(self, step: int) -> None:

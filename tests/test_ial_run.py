@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import re
 import shutil
 import struct
 from functools import partial
@@ -189,6 +190,38 @@ def test_baselines_share_the_first_stages(whole, data, tmp_path, capsys):
         assert all(maps[name] == expected[name] for name in common)
         assert (tmp_path / method / "panels.png").is_file()
     assert "no network to evaluate" in capsys.readouterr().out
+
+
+UNSURE = dict(fg=1.0, tau=1.0)  # no class has a seed, no region is so sure
+COLLAPSED = dict(fg=1.0, bg=1.0, lr=0.5, mining="rule80")  # background is all that is learnt
+
+
+@pytest.mark.parametrize("flags", [dict(), UNSURE, COLLAPSED], ids=["usual", "unsure", "collapsed"])
+def test_classes_that_a_stage_finds_nowhere_are_named(flags, data, tmp_path, capsys):
+    """With the flag to change; no mask is needed."""
+    root, said, absent = tmp_path / "data", {}, {}
+    shutil.copytree(data, root)
+    listed = {name: SHOWN[int(name)].translate({49: "cat\t", 50: "sea lion"}) for name in NAMES}
+    (root / "tags.txt").write_text("".join(f"{name}\t{t}\n" for name, t in listed.items()))
+    shutil.rmtree(root / "masks")
+    run(tmp_path / "run", root, **flags)
+    for line in capsys.readouterr().out.splitlines():
+        if found := re.fullmatch("(.*): no pixel of (.*); take (.*)", line):
+            said[found[1]] = found[2], found[3]
+    for kind in ("seeds", "mined1", "labels1"):
+        maps = [np.array(Image.open(path)) for path in (tmp_path / "run/maps" / kind).iterdir()]
+        found = set(np.concatenate([labels.flatten() for labels in maps]).tolist())
+        classes = enumerate(("background", "cat", "sea lion"))
+        absent[kind] = ", ".join(name for index, name in classes if index not in found)
+    assert {k: names for k, (names, _) in said.items()} == {k: n for k, n in absent.items() if n}
+    if flags:
+        assert said["seeds"] == ("cat, sea lion", "a lower --fg, a higher --bg, or more --iters")
+    if flags == UNSURE:
+        names = "background, cat, sea lion"
+        assert said["mined1"] == (names, "a lower --tau, or more --iters")
+    if flags == COLLAPSED:
+        assert said["mined1"] == ("cat, sea lion", "a lower --share, or more --iters")
+        assert said["labels1"] == ("cat, sea lion", "more --iters")
 
 
 # --- what the stages give each other ---

@@ -496,15 +496,19 @@ def test_each_step_and_process_has_its_own_seed(few, light, tmp_path):
 def test_stages_are_noted_and_saved(few, light, tmp_path, capsys):
     run, _ = begun(tmp_path, total=19)
     assert run.total == 19 and [s for s in range(19) if run.due(s)] == [*range(1, 19, 2), 18]
-    run.note(2, "first", good=0.5, bad=math.nan, worse=math.inf)
-    assert not (tmp_path / "last.pt").exists() and "bad" not in capsys.readouterr().out
+    capsys.readouterr()
+    run.note(2, "first", good=0.51234, energy_of_it=0.51234, bad=math.nan, worse=math.inf)
+    said = capsys.readouterr().out
+    assert said == "step 3/19  first: good 51.23  energy_of_it 0.5123\n"
+    assert not (tmp_path / "last.pt").exists()
     run.save(4)
     for run.rank in (0, 1):  # the second process is silent
         run.note(4 + run.rank, "second", other=1)
     run.save(6)
     assert saved(tmp_path)["step"] == 5
     assert logged(tmp_path) == [
-        {"step": 3, "stage": "first", "good": 0.5, "bad": None, "worse": None},
+        {"step": 3, "stage": "first", "good": 0.51234, "energy_of_it": 0.51234}
+        | {"bad": None, "worse": None},
         {"step": 5, "stage": "second", "other": 1.0},
     ]
 

@@ -350,7 +350,7 @@ def _hash(path: str) -> int:
 
 
 def describe(data: Data, counts: np.ndarray) -> str:
-    """A table of the pixels that `check` counted, and the classes that no label shows.
+    """A table of the pixels that `check` counted, and the classes that no mask shows.
 
     Raises InputError where training or evaluation would have nothing to go by.
     """
@@ -365,9 +365,9 @@ def describe(data: Data, counts: np.ndarray) -> str:
             raise InputError(
                 f"{data.root}: no {name} pixel has a class, all masks are void (255 throughout)"
             )
-        only = f"{data.root}: the {name} masks show class {shown[0]} alone"
-        if row == 0:
-            advice = "; 255 is void: write 1 where the object is" * bool(void[row])
+        advice = "; 255 is void: write 1 where the object is" * bool(void[row])
+        if row == 0 or (advice and shown[0] == 0):  # a small validation set may show one class
+            only = f"{data.root}: the {name} masks show class {shown[0]} alone"
             raise InputError(f"{only} of {len(data.classes)}{advice}")
     if not counts.any():
         return "no masks: nothing is scored"
@@ -376,9 +376,11 @@ def describe(data: Data, counts: np.ndarray) -> str:
     lines = [f"{'% of pixels':{width}}  labelled  validation"]
     for name, (labeled, val) in zip([*data.classes, "void"], shares.T, strict=True):
         lines.append(f"{name:{width}}  {labeled:8.2f}  {val:10.2f}")
-    unseen = [name for name, count in zip(data.classes, known[0], strict=True) if not count]
-    if learns and unseen:
-        lines.append(f"no labelled pixel shows {', '.join(unseen)}: never learned")
+    rows = ("labelled", "never learned"), ("validation", "IoU 0 where predicted, else none")
+    for (kind, so), row, told in zip(rows, known, (learns, bool(data.val)), strict=True):
+        unseen = [name for name, count in zip(data.classes, row, strict=True) if not count]
+        if told and unseen:
+            lines.append(f"no {kind} pixel shows {', '.join(unseen)}: {so}")
     return "\n".join(lines)
 
 

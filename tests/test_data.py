@@ -33,8 +33,10 @@ from common.data import (
     training_loader,
     val_loader,
 )
-from common.flags import InputError, LoneError
+from common.deeplab import dilated_resnet
+from common.flags import InputError, LoneError, RunConfig
 from common.layouts import count_values, read_image, read_mask, upright_rgb
+from common.outputs import choose_folder
 
 
 @pytest.fixture
@@ -772,6 +774,20 @@ def test_bad_unlabelled_flag(root, tmp_path):
     assert f"--unlabeled {tmp_path / 'bare'}: holds no" in message(root, "1/2", tmp_path / "bare")
 
 
+def test_a_tilde_is_the_home_folder(root, tmp_path, monkeypatch):
+    """Of every path that a flag takes, for no shell expands it behind an =."""
+    monkeypatch.setenv("HOME", str(root.parent))
+    (root.parent / "one.txt").write_text("000\n")
+    shutil.copytree(root / "images/train", root.parent / "more")
+    data = load("folder", f"~/{root.name}", "~/one.txt", "~/more", 0)
+    assert data.root == root and len(data.labeled) == 1
+    assert data.unlabeled[0][0].startswith(str(root.parent / "more"))
+    folder = choose_folder("cps", RunConfig(output_dir="~/runs/a"))
+    assert folder == root.parent / "runs/a"
+    with pytest.raises(InputError, match=f"--weights {root.parent / 'start.pt'}: neither a file"):
+        dilated_resnet("resnet18", "~/start.pt")
+
+
 def test_no_data_path():
     for dataset in ("folder", "voc", "coco", "cityscapes"):
         assert "--data-path ''" in message("", dataset=dataset)
@@ -1099,7 +1115,11 @@ def test_the_start_tells_the_share_of_every_class(root):
 def test_a_class_that_no_label_shows_is_named(root):
     overwrite(root, "train", lambda mask: np.where(mask == 2, 0, mask))
     name = (root / "classes.txt").read_text().split()[2]
-    assert f"no labelled pixel shows {name}: never learned" in counted(root)
+    told = f"no labelled pixel shows {name}: never learned"
+    assert counted(root).splitlines()[-1] == told
+    overwrite(root, "val", lambda mask: np.where(mask == 2, 255, mask))
+    also = f"no validation pixel shows {name}: IoU 0 where predicted, else none"
+    assert counted(root).splitlines()[-2:] == [told, also]
 
 
 @pytest.mark.parametrize(
@@ -1113,6 +1133,11 @@ def test_a_class_that_no_label_shows_is_named(root):
         ("train", lambda m: m * 0, "labelled masks show class 0 alone of 3"),
         ("train", lambda m: m * 0 + 255, "no labelled pixel has a class"),
         ("val", lambda m: m * 0 + 255, "no validation pixel has a class"),
+        (
+            "val",
+            lambda m: np.where(m > 0, 255, 0),
+            "validation masks show class 0 alone .* write 1",
+        ),
     ],
 )
 def test_masks_that_cannot_be_meant_are_refused(root, split, change, words):

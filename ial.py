@@ -625,7 +625,7 @@ def descend(run: Run, loss: Tensor, optimizer: SGD, schedule: lr_scheduler.Polyn
 
 def find_superpixels(run: Run, cfg: Config, maps: Maps) -> None:
     """Superpixels of all pictures, once."""
-    for index in maps.share(run):
+    for index in maps.share(run, "superpixels"):
         image = maps.image(index)[None].to(run.device) / 255
         count = max(image[0, 0].numel() // cfg.segment_size**2, 1)
         # Δ P: [ours] SLIC; the superpixels of the paper's Fig. 4 look graph-based.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.augment import normalise
+from common.bars import tqdm
 from common.colors import colorize, palette
 from common.data import Draws, draws_loader, of_one_size, read_pair
 from common.flags import InputError, LoneError
@@ -132,9 +133,10 @@ class Maps:
         run.draws["labeled"], run.begins["labeled"] = draws, steps.start
         return draws_loader(draws, batch_size, batches, **run.loading)
 
-    def share(self, run: Run) -> range:
-        """This process's share of the pictures."""
-        return range(run.rank, len(self.names), run.world)
+    def share(self, run: Run, title: str = "") -> Iterable[int]:
+        """This process's share of the pictures; with a title there is a bar."""
+        indices = range(run.rank, len(self.names), run.world)
+        return bar(run, indices, title, len(indices)) if title else indices
 
     def each(self, run: Run, *kinds: str) -> Iterator[tuple[list[int], Tensor, ...]]:
         """This process's share of the pictures, then a wait for the other processes.
@@ -144,7 +146,8 @@ class Maps:
         for them has to wait until all superpixels, which tell the sizes, are there.
         """
         batches = self._batches(run, self.share(run))
-        for indices, images, *others in self._read_ahead(run, batches, "image", "tags", *kinds):
+        draws = self._read_ahead(run, batches, "image", "tags", *kinds)
+        for indices, images, *others in bar(run, draws, "all pictures", len(batches)):
             yield indices, normalise(pad(images, self.stride).float() / 255), *others
         run.barrier()
 
@@ -266,6 +269,11 @@ class Stored(Dataset):
             return self.maps.draw(index, self.kinds)
         except InputError as error:  # a picture that is there no more
             raise LoneError(error) from error
+
+
+def bar(run: Run, items: Iterable, title: str, total: int) -> Iterable:
+    """The items, with a bar on a terminal or in a notebook."""
+    return tqdm(items, title, total, leave=False, disable=run.rank > 0 or None)
 
 
 # --- pixels and cells ---

@@ -385,6 +385,21 @@ def test_every_propagation_of_a_run_obeys_its_flags(data, tmp_path, monkeypatch)
         assert refined == [(3, rule, scans), (1, rule, scans), (1, rule, scans)]
 
 
+def test_passes_over_all_pictures_have_a_bar(data, tmp_path, monkeypatch):
+    """Of many pictures they take minutes, superpixels before the first step."""
+    seen, tqdm = [], common.maps.tqdm
+
+    def counted(items, title, total, **how):
+        seen.append([title, total, 0])
+        for item in tqdm(items, title, total, **how):
+            seen[-1][2] += 1
+            yield item
+
+    monkeypatch.setattr(common.maps, "tqdm", counted)
+    run(tmp_path, data)
+    assert seen == [["superpixels", 5, 5], *[["all pictures", 1, 1]] * 5]
+
+
 def test_masks_are_not_read_but_for_scores(whole, data, tmp_path):
     """With the masks' own tags listed: other masks, then none, leave everything as it was."""
     root = tmp_path / "data"

@@ -70,7 +70,8 @@ def _strip(
         for labels in (truth, prediction)
     )
     painted = colorize(prediction, data.colors)
-    overlay = (photo // 2) + (painted // 2)
+    # As in common.predict: a class whose colour is black leaves the picture as it is.
+    overlay = np.where(painted.any(axis=2, keepdims=True), photo // 2 + painted // 2, photo)
     return [photo, colorize(truth, data.colors), painted, overlay, errors(photo, truth, prediction)]
 
 

@@ -323,12 +323,20 @@ def every_kind(folder):
 
 
 def test_a_folder_of_every_kind_predicts_or_names(checkpoint, tmp_path, monkeypatch, capsys):
-    photos, masks = tmp_path / "photos", tmp_path / "masks"
+    photos, masks, bars = tmp_path / "photos", tmp_path / "masks", []
+
+    class Bar(predict.tqdm):
+        def __init__(self, items, title, **how):
+            bars.append((title, len(items)))
+            super().__init__(items, title, **how)
+
+    monkeypatch.setattr(predict, "tqdm", Bar)
     good, broken = every_kind(photos)
     status, out, err = call(
         monkeypatch, capsys, checkpoint, photos, "--output", masks, "--overlay", "--device", "cpu"
     )
     lines = err.splitlines()
+    assert bars == [("predicting", len(good) + len(broken))]
     assert status == 1 and len(lines) == len(broken)
     for name in broken:
         assert sum(line.startswith(f"predict.py: {photos / name}: ") for line in lines) == 1

@@ -47,7 +47,7 @@ from common.flags import (
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
 from common.outputs import iou_columns, replace_file, replace_text
-from common.progress import duration
+from common.progress import duration, plan
 from common.run import InputError, Run, main
 
 TINY = SEMI | dict(iters=8)
@@ -759,6 +759,14 @@ def test_the_start_says_how_many_steps_of_what(script, flags, plan, few, light, 
     usual = TINY_OF[script.__name__] | dict(output_dir=str(tmp_path / "run"), iters=4)
     script.train(script.Config(**usual | flags))
     assert f"\n4 steps of {plan}" in capsys.readouterr().out
+
+
+def test_processes_count_in_the_plan(few):
+    data, cfg = load("shapes", "", "4", "", 0), cps.Config(batch_size=2, accum=3)
+    assert plan(cfg, data, total=10, processes=2, begin=4) == (
+        "10 steps of 12 labelled and 12 unlabelled pictures (2 batch x 3 accum x 2 processes): 30 "
+        "epochs of the labelled, 9 of the unlabelled"
+    )
 
 
 def test_the_plan_of_stages_is_said_once(few, light, tmp_path, capsys):

@@ -73,7 +73,8 @@ REFUSED = {  # flags that a script cannot take, the first of which is at fault
     "cac": ["--gamma=1.5", "--tau=0", "--tau=nan", "--warmup=1", "--pair-scales 2 0.5"]
     + ["--scales 0.001 0.002", "--pair-scales 0.001 0.002", "--directed=maybe", "--bank=-1"],
     "ial": ["--fg 1.5", "--bg 0.9", "--net-steps 1 1", "--net-steps 0.01 1 1", "--stride=5"]
-    + ["--labeled=1/2", "--supervised-only", "--background=nothing", "--mining=maybe"],
+    + ["--labeled=1/2", "--supervised-only", "--background=nothing", "--mining=maybe"]
+    + ["--method=direct", "--mining=rule80", "--lam=0 --probes=5"],  # the first two: TINY's --tau
 }
 STOPPED = [  # runs that are cut a step after a checkpoint: in a warm-up or a stage, and later
     ("cps", dict(iters=4), (3,)),

@@ -108,6 +108,13 @@ def keep_memory() -> None:
         malloc(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says so, in the words of PyTorch, of the system or of oneDNN (the last)."""
+    words = "out of memory|can(no|')t allocate memory|bad_alloc"
+    words += "|could not (create|execute) a (primitive|memory)( object)?$"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
+
+
 @contextmanager
 def shortages() -> Iterator[None]:
     """Raise LoneError, which says what to lower, where memory or a loader process was lost."""
@@ -120,7 +127,7 @@ def shortages() -> Iterator[None]:
         less = "lower --batch-size, with a larger --accum, or --crop-size"
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
             problem = f"the GPU's memory does not suffice; {less}"
-        elif isinstance(error, MemoryError) or re.search("(?i)can(no|')t allocate memory", text):
+        elif lacks_memory(error):
             problem = f"memory does not suffice; {less}, or --workers"
         elif isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in text:
             problem = "a loader process was lost, mostly for want of memory; lower --workers"

@@ -9,7 +9,6 @@ In a notebook: `load`, `segment`, `overlay`.
 
 import argparse
 import math
-import re
 import sys
 import time
 import warnings
@@ -194,7 +193,7 @@ def predict(model: Segmenter, options: argparse.Namespace) -> int:
         except InputError as error:
             problem = error
         except (MemoryError, RuntimeError) as error:
-            if not re.search("memory|primitive", repr(error).lower()):  # the latter is oneDNN's
+            if not machine.lacks_memory(error):
                 raise
             problem = f"{path}: does not fit into memory; give --window 512, or less"
         skipped += 1

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from torch import nn
 
 import cps
 import ial
-from common import data, deeplab, maps, shapes
+from common import data, deeplab, machine, maps, shapes
 from common.layouts import DRAWN
 from common.run import InputError, Run, main
 
@@ -369,6 +370,35 @@ def test_where_memory_does_not_suffice_it_says_what_to_lower(allocate, start, mi
     said = run("cps", tmp_path / "run", status=2)
     assert said.startswith(f"cps.py: {start} does not suffice; lower --batch-size, ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_where_the_system_gives_no_more_memory_it_is_one_line_too(midway, tmp_path):
+    """oneDNN finds out, which has code to write for pictures of this size; it says it its way."""
+
+    def enclose(run):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+
+    midway({1: enclose})
+    said = run("cps", tmp_path / "run", crop_size=256, status=2)
+    assert said.startswith("cps.py: memory does not suffice; lower --batch-size, ")
+    assert said.count("\n") == 1
+
+
+def test_what_tells_that_memory_is_lacking():
+    """oneDNN's words among them, but not those for what it cannot compute."""
+    lacking = (
+        "could not create a primitive",
+        "could not create a memory object",
+        "could not execute a primitive",
+        "std::bad_alloc",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.",
+        "[Errno 12] Cannot allocate memory",
+    )
+    assert all(machine.lacks_memory(RuntimeError(text)) for text in lacking)
+    descriptor = "could not create a primitive descriptor for the matmul primitive"
+    assert not machine.lacks_memory(RuntimeError(descriptor))
 
 
 def test_a_closed_pipe_ends_nothing(tmp_path):

@@ -37,9 +37,12 @@ def voc_colors(count: int) -> list[Color]:
     ]
 
 
+VOC = voc_colors(256)
+
+
 def palette(colors: list[Color]) -> np.ndarray:
     """The colours (256, 3) uint8 of a mask's values: the classes', then VOC's, grey for void."""
-    return np.array([*colors, *voc_colors(256)[len(colors) : -1], GREY], np.uint8)
+    return np.array([*colors, *VOC[len(colors) : -1], GREY], np.uint8)
 
 
 def colorize(labels: np.ndarray, colors: list[Color]) -> np.ndarray:

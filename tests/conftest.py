@@ -8,7 +8,7 @@ import few_shapes
 import pytest
 import torch
 
-from common import deeplab, shapes
+from common import shapes
 from common.run import Run
 
 torch.set_num_threads(1)
@@ -21,6 +21,14 @@ def seeded():
     torch.use_deterministic_algorithms(False)  # a run with --deterministic leaves it on
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_sync():
+    """No file is waited for until it is on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture
 def few(monkeypatch):
     """The embedded dataset with few pictures."""
@@ -29,8 +37,8 @@ def few(monkeypatch):
 
 @pytest.fixture
 def light(monkeypatch):
-    """Networks with a few convolutions for a backbone."""
-    monkeypatch.setattr(deeplab, "dilated_resnet", few_shapes.light_resnet)
+    """Networks with a few convolutions for a backbone; small pictures of a run."""
+    few_shapes.lighten(monkeypatch.setattr)
 
 
 @pytest.fixture

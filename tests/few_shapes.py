@@ -1,15 +1,15 @@
 """The scripts at their smallest: on few pictures, here or as a program of one or two processes.
 
-`few_shapes.py SCRIPT [FLAGS]` is that script's command line; `few_shapes.py FOLDER` trains every
-script by TINY, and saves what several processes must agree on; `few_shapes.py FOLDER equal` by
-EQUAL.
+`few_shapes.py SCRIPT [FLAGS]` is that script's command line.
 """
 
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import deeplab, shapes
+from common import curves, deeplab, panels, shapes
 from common.augment import whole_view
 from common.data import load, val_loader
 from common.deeplab import DeepLabV3Plus
@@ -82,6 +82,14 @@ def light_resnet(backbone: str, weights: str | None) -> nn.Module:
     return net
 
 
+def lighten(put: Callable = setattr) -> None:
+    """Light networks; small pictures of a run. put(module, name, value)."""
+    put(deeplab, "dilated_resnet", light_resnet)
+    put(panels, "CELL", 64)
+    for name, value in dict(WIDTH=480, HEIGHT=270, FONT=8).items():
+        put(curves, name, value)
+
+
 def start(*argv, processes=1, **env):
     """This file as a program of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -110,30 +118,47 @@ def argv(name: str, folder: Path, **flags) -> list[str]:
     return words
 
 
-def begin(name: str, words: list[str], **environment) -> multiprocessing.Process:
-    """A script as a program of its own, forked, so that nothing is imported again."""
-    script = import_module(name)
+def fork(program: Callable, **environment) -> multiprocessing.Process:
+    """A program of its own, in which nothing is imported again."""
     reads, writes = os.pipe()
 
-    def program():
+    def child():
         os.setpgrp()  # a group of its own, as a terminal gives
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(writes, 2)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
         os.environ.update({key: str(value) for key, value in environment.items()})
-        sys.argv = [f"{name}.py", *words]
-        main(script.train, script.Config, script.RECIPES)
+        program()
 
-    process = multiprocessing.get_context("fork").Process(target=program)
+    process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     os.close(writes)
     process.errors = os.fdopen(reads)
     return process
 
 
+def command(name: str, words: list[str]) -> Callable:
+    """A script's program with this command line."""
+    script = import_module(name)
+
+    def program():
+        sys.argv = [f"{name}.py", *words]
+        main(script.train, script.Config, script.RECIPES)
+
+    return program
+
+
+def fork_two(program: Callable) -> list[multiprocessing.Process]:
+    """Two processes of a program, that meet by their environment as torchrun's do."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    where = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [fork(program, RANK=rank, **where) for rank in (0, 1)]
+
+
 def end(process: multiprocessing.Process, status: int = 0) -> str:
     """What a forked program said on stderr, but for losses; it has to end with the status."""
-    process.join(60)
+    process.join(120)
     with process.errors as errors:
         said = "".join(line for line in errors if not line.startswith("step "))
     assert process.exitcode == status, said
@@ -159,7 +184,10 @@ def shared(rank: int = 0, world: int = 1) -> dict:
 
 
 def together(folder: Path, runs: dict) -> None:
-    """Train every script; save what this process has in the end."""
+    """Train every script; save what this process has in the end. What is printed is an error."""
+    sys.stdout = sys.stderr
+    shapes.COUNTS = COUNTS
+    lighten()
     saved = {}
     for name, flags in runs.items():
         script = import_module(name)
@@ -180,14 +208,9 @@ def fail(run: Run, step: int, **losses: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    shapes.COUNTS, deeplab.dilated_resnet = COUNTS, light_resnet
+    shapes.COUNTS = COUNTS
+    lighten()
     if "FAULT" in os.environ and os.environ["RANK"] == "1":
         Run.log = fail
-    if sys.argv[2:] == ["equal"]:
-        nn.BatchNorm2d.forward, torch.rand_like = frozen_batchnorm, one_direction
-        together(Path(sys.argv[1]), EQUAL)
-    elif sys.argv[1] in TINY:
-        script = import_module(sys.argv.pop(1))
-        main(script.train, script.Config, script.RECIPES)
-    else:
-        together(Path(sys.argv[1]), TINY)
+    script = import_module(sys.argv.pop(1))
+    main(script.train, script.Config, script.RECIPES)

@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # more of them sum in no fixed order
 
-from few_shapes import COUNTS, TINY, argv, begin, end, light_resnet  # noqa: E402
+from few_shapes import COUNTS, TINY, argv, command, end, fork, lighten  # noqa: E402
 
-from common import deeplab, shapes  # noqa: E402
+from common import shapes  # noqa: E402
 
 LONG = {  # by script: flags of runs that take a few seconds
     "cps": dict(iters=40),
@@ -42,7 +42,7 @@ def outcome(folder: Path) -> dict[str, object]:
 def started(name: str, folder: Path):
     """A run whose first step is near."""
     flags = LONG[name] | dict(eval_every=15, save_every=1 / 600)
-    process = begin(name, [*argv(name, folder, **flags), "--resume"])
+    process = fork(command(name, [*argv(name, folder, **flags), "--resume"]))
     while process.is_alive() and not (folder / "log.jsonl").exists():
         time.sleep(0.001)
     return process
@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--home", type=Path, help="where runs go [a new folder]")
     options = parser.parse_args()
     home = options.home or Path(tempfile.mkdtemp())
-    shapes.COUNTS, deeplab.dilated_resnet = COUNTS, light_resnet
+    shapes.COUNTS = COUNTS
+    lighten()
     for name in options.scripts or TINY:
         process, began = started(name, home / f"{name}-whole"), time.time()
         end(process)

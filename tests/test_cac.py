@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import trees
-from few_shapes import COUNTS, SEMI, light_resnet
+from few_shapes import COUNTS, SEMI, end, fork_two, lighten
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 import cac
-from common import deeplab, shapes
+from common import shapes
 from common.augment import MEAN, STD, normalise
 from common.deeplab import DeepLabV3Plus
 
@@ -669,24 +669,24 @@ def everything_learns(folder, **flags):
     flags |= dict(context=False, directed=False, gamma=0.0, pair_scales=(1.0, 1.0), lam=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "COUNTS", COUNTS)
-        patch.setattr(deeplab, "dilated_resnet", light_resnet)
+        lighten(patch.setattr)
         patch.setattr(cac, "DeepLabV3Plus", Local)
         patch.setattr(cac.Bank, "push", lambda *a: pools.append(push(*a)) or pools[-1])
         result = cac.train(cac.Config(output_dir=str(folder), **TINY | flags | dict(width=3)))
         return result.model.state_dict(), pools
 
 
-def one_of_two(rank, folder):
+def one_of_two(folder):
     """What each of two processes does and saves."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(everything_learns(folder / "run"), folder / f"{rank}.pt")
+    learnt = everything_learns(folder / "run")
+    torch.save(learnt, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_learn_what_one_does_from_the_negatives_of_the_whole_batch(tmp_path):
     """The loss is a mean over a process's own anchors, and then over processes."""
-    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    for process in fork_two(partial(one_of_two, tmp_path)):
+        end(process)
     weights, pools = everything_learns(tmp_path / "whole", batch_size=4)
     assert [len(labels) for _, labels in pools] == [128, 256]
     # Crop 1 of two pictures, crop 2, then those of the other process; one process has crop 1 of

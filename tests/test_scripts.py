@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tokenize
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -18,7 +18,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 import trees
-from few_shapes import COUNTS, ROOT, TINY, finish, shared, start
+from few_shapes import COUNTS, ROOT, TINY, end, fork_two, shared, together
 from torch import nn
 
 import ial
@@ -234,7 +234,9 @@ OTHER = {
 
 
 @every_script
-def test_every_flag_makes_a_difference_or_is_refused(name, few, light, tmp_path):
+def test_every_flag_makes_a_difference_or_is_refused(name, light, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", dict(train=8, val=2))
+
     def outcome(folder, **flags):
         train(name, folder, **flags)
         log = re.sub(r', "seconds": [\d.]+', "", (folder / "log.jsonl").read_text())
@@ -392,8 +394,9 @@ def test_a_run_that_stops_goes_on_exactly(name, flags, stops, few, light, tmp_pa
 def both(tmp_path_factory):
     """What each of two processes has after a run of every script."""
     folder = tmp_path_factory.mktemp("both")
-    out, _ = finish(start(folder, processes=2))
-    assert out.count("validation pictures") == len(TINY)  # the first process alone prints
+    said = [end(process) for process in fork_two(partial(together, folder, TINY))]
+    counts = [text.count("validation pictures") for text in said]
+    assert counts == [len(TINY), 0]  # the first process alone prints
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -498,8 +501,13 @@ def test_a_dataset_without_a_recipe_is_an_error(name):
 # --- what a script imports, and what importing it does ---
 
 
+@cache
 def imported(path):
     """The modules that a file imports, those of common/ in full."""
+    return set(modules_in(path))
+
+
+def modules_in(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -88,25 +87,6 @@ def lighten(put: Callable = setattr) -> None:
     put(panels, "CELL", 64)
     for name, value in dict(WIDTH=480, HEIGHT=270, FONT=8).items():
         put(curves, name, value)
-
-
-def start(*argv, processes=1, **env):
-    """This file as a program of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), __file__, *map(str, argv)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process, status=0):
-    """What a program printed and what it complained of; it has to end with the status."""
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == status, err
-    return out, err
 
 
 def argv(name: str, folder: Path, **flags) -> list[str]:

@@ -3,21 +3,25 @@
 import re
 import sys
 import time
+from functools import partial
 from importlib import import_module
 
+import few_shapes
 import pytest
 import torch
 from few_shapes import (
     EQUAL,
+    ROOT,
+    argv,
     end,
-    finish,
+    fork,
     fork_two,
     frozen_batchnorm,
     one_direction,
-    start,
     together,
 )
 from torch import nn
+from torch.distributed import run
 
 import cac
 import cps
@@ -111,12 +115,12 @@ def test_a_bank_from_a_checkpoint_goes_where_the_run_is():
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     """Two runs of two processes that lose the second one: by an error, and by a signal."""
-    folder = tmp_path_factory.mktemp("faults")
-    flags = ["--iters=9", "--labeled=4", "--batch-size=2", "--crop-size=32", "--device=cpu"]
+    folder, torchrun = tmp_path_factory.mktemp("faults"), ["--standalone", "--nproc-per-node=2"]
 
     def begun(fault):
-        where = f"--output-dir={folder / fault}"
-        return time.time(), start("cps", *flags, where, processes=2, FAULT=fault)
+        words = [*torchrun, few_shapes.__file__, "cps", *argv("cps", folder / fault, iters=9)]
+        program = partial(run.main, list(map(str, words)))
+        return time.time(), fork(program, FAULT=fault, PYTHONPATH=ROOT)
 
     return {fault: begun(fault) for fault in ("a real fault", "killed")}
 
@@ -124,7 +128,7 @@ def faults(tmp_path_factory):
 def ended(faults, fault):
     """What the run says, and the cause in the report with which torchrun ends."""
     began, process = faults[fault]
-    _, err = finish(process, status=1)
+    err = end(process, status=1)
     assert time.time() - began < 60
     return err.split("torch/distributed/run.py")[0], err.split("Root Cause")[1]
 

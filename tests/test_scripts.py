@@ -192,6 +192,14 @@ EVERY = dict(width=16, crop_size=48, batch_size=3, accum=2, iters=4, lr=0.01, we
 EVERY |= dict(eval_every=1, eval_window=32, amp="bf16", seed=1)
 SEMI = EVERY | dict(labeled="5", supervised_only=True, lam=9.0)
 LONGER = dict(iters=6, eval_every=6, warmup=0.3)
+CAM = dict(method="cam", tau=0.7, rounds=2, width=64)
+UNARY = dict(method="unary", tau=0.7, rounds=2)
+
+
+def beside(what, values):
+    return {name: (value, what) for name, value in values.items()}
+
+
 OTHER = {
     "cps": SEMI
     | dict(supervision="single", cutmix=False, scales=(0.5,))
@@ -211,25 +219,13 @@ OTHER = {
     | dict(context=False, directed=False, class_filter=False, base_size=80, scales=(0.5, 0.6))
     | dict(pair_scales=(1.5, 2.0), strength=1.0, jitter=True, dropout=0.5)
     | dict(bank=(0, LONGER)),
-    "ial": EVERY
-    | dict(
-        method=("direct", dict(tau=0.7)),
-        rounds=2,
-        net="resnet18",
-        net_lr=0.01,
-        net_steps=(2.0, 1.0, 1.0),
-    )
-    | dict(clip=0.01, tag_scales=(0.5,), cam_scales=(0.5,), fg=0.6, bg=0.2, scales=(0.5,))
-    | dict(
-        segment_size=9,
-        compactness=1.0,
-        share=0.99,
-        balance=False,
-        mining=("rule80", dict(tau=0.7)),
-        tau=0.9,
-    )
-    | dict(stride=4, rule="abs", scans="sequence", passes=1, lam=3.0, probes=1, clamp=True)
-    | dict(project=True),
+    "ial": beside(UNARY, EVERY | dict(scales=(0.5,)))
+    | beside(CAM, dict(net="resnet18", net_lr=0.01, net_steps=(2.0, 1.0, 1.0), clip=0.01))
+    | beside(CAM, dict(tag_scales=(0.5,), cam_scales=(0.5,), fg=0.6, bg=0.2))
+    | beside(CAM, dict(segment_size=9, compactness=1.0))
+    | beside(dict(tau=0.7), dict(method="direct", mining="rule80"))
+    | dict(rounds=2, share=0.99, balance=False, tau=0.9, lam=3.0, probes=1, clamp=True)
+    | dict(stride=4, rule="abs", scans="sequence", passes=1, project=True),
 }
 
 

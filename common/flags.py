@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 
@@ -212,6 +213,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@cache
 def _comments(config: type[RunConfig]) -> dict[str, str]:
     """The comment behind each field of a config and of its bases."""
     found = {}

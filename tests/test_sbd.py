@@ -1,9 +1,8 @@
 """SBD's masks beside VOC's: which pictures, whose masks, and what is refused."""
 
 import os
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,6 @@ from common import sbd
 from common.data import check, load
 from common.flags import InputError
 from common.layouts import read_mask
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def structure(mask):
@@ -109,26 +106,30 @@ def test_missing_folders_are_named(voc, source, tmp_path):
         sbd.convert(source, tmp_path / "sbd", load_saved)
 
 
-def command(*words, **env):
-    where = dict(cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
-    return subprocess.run([sys.executable, "-m", "common.sbd", *map(str, words)], **where)
+def command(*words):
+    """The status with which the program ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sbd.py", *map(str, words)])
+        try:
+            runpy.run_path(sbd.__file__, run_name="__main__")
+        except SystemExit as end:
+            return end.code
+    return 0
 
 
-def test_the_command_without_scipy_says_what_to_install(voc, source, tmp_path):
-    (tmp_path / "none" / "scipy").mkdir(parents=True)
-    (tmp_path / "none" / "scipy" / "__init__.py").write_text("raise ImportError")
-    done = command(source, voc, PYTHONPATH=str(tmp_path / "none"))
-    assert done.returncode == 2 and "python -m pip install scipy" in done.stderr
-    assert done.stderr.count("\n") == 1
-    done = command(source)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "two folders" in done.stderr
+def test_the_command_without_scipy_says_what_to_install(voc, source, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)  # as if there were none
+    for words, said in (((source, voc), "python -m pip install scipy"), ((source,), "two folders")):
+        assert command(*words) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
 
 
-def test_the_command_reads_what_scipy_reads(voc, tmp_path):
+def test_the_command_reads_what_scipy_reads(voc, tmp_path, capsys):
     scipy = pytest.importorskip("scipy.io")
     source = trees.sbd_tree(tmp_path / "real", scipy.savemat)
-    done = command(source, voc)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{voc / 'SegmentationClassAug'}: 5 training masks\n"
+    assert command(source, voc) == 0
+    said = f"{voc / 'SegmentationClassAug'}: 5 training masks\n"
+    assert capsys.readouterr() == (said, "")
     mask = read_mask(str(voc / "SegmentationClassAug" / f"{trees.SBD_ONLY[0]}.png"))
     assert (mask == 5).sum() == 15 * 23

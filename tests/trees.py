@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.colors import voc_colors
+from common.colors import VOC
 
 HEIGHT, WIDTH = 48, 64
 CLASSES = ("ground", "cat", "dog")
@@ -33,7 +33,7 @@ def save_mask(path: Path, values: np.ndarray, palette: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     mask = Image.fromarray(values.astype(np.uint8))
     if palette:
-        mask.putpalette([channel for color in voc_colors(256) for channel in color])
+        mask.putpalette([channel for color in VOC for channel in color])
     mask.save(path)
 
 

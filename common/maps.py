@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from common.augment import normalise
 from common.bars import tqdm
 from common.colors import colorize, palette
-from common.data import Draws, draws_loader, of_one_size, read_pair
 from common.flags import InputError, LoneError
 from common.layouts import Data, shortened
+from common.loaders import Draws, draws_loader, of_one_size, read_pair
 from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
 from common.outputs import explained

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from common.augment import whole_view
 from common.colors import GREY, colorize
 from common.curves import wrap
-from common.data import VOID, Data, read_pair
-from common.layouts import DRAWN
+from common.layouts import DRAWN, VOID, Data
+from common.loaders import read_pair
 from common.metrics import classify, evaluating
 from common.outputs import replace_file
 

@@ -28,10 +28,11 @@ from common.augment import IMAGENET
 from common.bars import tqdm
 from common.checkpoints import read_checkpoint
 from common.colors import colorize, palette
-from common.data import check, val_loader
+from common.data import check
 from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble
 from common.flags import InputError, Parser, one_line
 from common.layouts import SUFFIXES, find_pictures, folder_layout, read_image, upright_rgb, walk
+from common.loaders import val_loader
 from common.metrics import classify, evaluate, evaluating, iou, windows
 from common.outputs import iou_table, replace_file
 

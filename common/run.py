@@ -24,7 +24,7 @@ from common import curves, machine
 from common.augment import whole_view
 from common.bars import tqdm
 from common.checkpoints import model_part, read_last, settings_of
-from common.data import Data, View, check, describe, load, training_loader, val_loader
+from common.data import Data, check, describe, load
 from common.deeplab import Ensemble, Together
 from common.flags import (
     InputError,
@@ -37,6 +37,7 @@ from common.flags import (
     parse_config,
 )
 from common.layouts import shortened
+from common.loaders import View, training_loader, val_loader
 from common.metrics import evaluate, evaluating, iou, windows
 from common.outputs import (
     add_lines,
@@ -227,7 +228,7 @@ class Run:
             self.print(f"--resume: nothing to resume, begins at step 1{kept}")
 
     def batches(self, split: str, view: View, begin: int = 0) -> Iterator[list[Tensor]]:
-        """--accum batches for each step left, from step `begin` on: common.data.training_loader.
+        """--accum batches for each step left, from step `begin` on: common.loaders.training_loader.
 
         split is "labeled" or "unlabeled". The loader and its processes start with the first batch.
         """

@@ -52,8 +52,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import losses, shapes
 from common.augment import normalise, train_view, whole_view
-from common.data import load, read_pair, val_loader
+from common.data import load
 from common.deeplab import DeepLabV3Plus
+from common.loaders import read_pair, val_loader
 from common.machine import has_bf16
 from common.maps import Maps
 from common.metrics import confusion_matrix, evaluate, evaluating

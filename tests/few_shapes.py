@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from common import curves, deeplab, panels, shapes
 from common.augment import whole_view
-from common.data import load, val_loader
+from common.data import load
 from common.deeplab import DeepLabV3Plus
 from common.flags import InputError
+from common.loaders import val_loader
 from common.machine import gather, in_all_processes
 from common.metrics import evaluate
 from common.run import Run, main

@@ -47,10 +47,11 @@ import trees
 from PIL import Image
 
 from common import curves, deeplab, predict
-from common.data import check, describe, load, training_loader
+from common.data import check, describe, load
 from common.deeplab import DeepLabV3Plus, load_backbone
 from common.flags import InputError, SemiConfig
 from common.layouts import VOC_CLASSES, read_image
+from common.loaders import training_loader
 from common.maps import Maps
 from common.run import Run
 from common.tags import load_tagged

@@ -486,8 +486,9 @@ def show_labels(data: str, home: Path) -> None:
 
     sys.path.insert(0, str(home))
     from common.augment import whole_view
-    from common.data import Pictures, load
+    from common.data import load
     from common.deeplab import DeepLabV3Plus
+    from common.loaders import Pictures
     from common.metrics import confusion_matrix
 
     root, rows = str(home / "data" / data), []

@@ -22,20 +22,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from common import shapes
 from common.augment import train_view, whole_view
-from common.data import (
-    Draws,
-    _choose_labeled,
-    check,
-    describe,
-    draws_loader,
-    load,
-    read_pair,
-    training_loader,
-    val_loader,
-)
+from common.data import _choose_labeled, check, describe, load
 from common.deeplab import dilated_resnet
 from common.flags import InputError, LoneError, RunConfig
 from common.layouts import count_values, read_image, read_mask, upright_rgb
+from common.loaders import Draws, draws_loader, read_pair, training_loader, val_loader
 from common.outputs import choose_folder
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import cps
 import ial
-from common import data, machine, maps, shapes
+from common import loaders, machine, maps, shapes
 from common.layouts import DRAWN
 from common.run import InputError, Run, main
 
@@ -291,13 +291,13 @@ def test_a_map_that_cannot_be_written_is_named(midway, tmp_path, monkeypatch):
 @pytest.fixture
 def drawn(monkeypatch):
     """The pictures that are read, in order."""
-    paths, read_pair = [], data.read_pair
+    paths, read_pair = [], loaders.read_pair
 
     def note(pair, lookup):
         paths.append(pair[0].removeprefix(DRAWN))
         return read_pair(pair, lookup)
 
-    for module in (data, maps):
+    for module in (loaders, maps):
         monkeypatch.setattr(module, "read_pair", note)
     return paths
 

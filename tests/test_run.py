@@ -30,7 +30,7 @@ import ial
 import psmt
 from common import machine, shapes
 from common.augment import whole_view
-from common.data import load, val_loader
+from common.data import load
 from common.deeplab import DeepLabV3Plus
 from common.flags import (
     Part,
@@ -44,6 +44,7 @@ from common.flags import (
     refuse_silence,
     with_recipe,
 )
+from common.loaders import val_loader
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
 from common.outputs import iou_columns, replace_file, replace_text

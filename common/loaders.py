@@ -1,0 +1,201 @@
+"""Loaders whose batches depend on seed and step alone."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.flags import InputError, LoneError
+from common.layouts import Data, Pair, read_header, read_image, read_mask
+from common.losses import VOID
+from common.signals import outlive_signals
+
+View = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # (3, H, W) uint8, (H, W) -> one draw
+
+
+class Draws(Dataset):
+    """An endless random stream over a list of pictures: item d is draw d of the run.
+
+    `read(item)` gives a picture's tensors, `view(*tensors)` one random draw of them. Draws run
+    through all pictures in a new order each epoch. Within a global batch no picture comes twice,
+    as long as the list is no shorter than the batch.
+
+    spare: an item that cannot be read is marked in `broken` (N,), in the memory of all loader
+    processes, and gives way to another one, which depends on the draw and the items alone. If not,
+    it is a LoneError.
+    """
+
+    def __init__(
+        self,
+        items: Sequence,
+        read: Callable,
+        view: View,
+        seed: Sequence[int],
+        batch: int,
+        spare: bool = False,
+    ):
+        self.items, self.read, self.view, self.seed = items, read, view, list(seed)
+        self.batch = batch
+        self.broken = torch.zeros(len(items), dtype=torch.bool).share_memory_() if spare else None
+        # Like `drop_last`: what does not fill a batch is left to the next order.
+        self.epoch = len(items) // batch * batch or len(items)
+        self.order = None, None  # of an epoch: its number and a permutation of the pictures
+
+    def index(self, draw: int) -> int:
+        """Which item a draw takes."""
+        epoch, position = divmod(draw, self.epoch)
+        if self.order[0] != epoch:
+            rng = np.random.default_rng([*self.seed, 0, epoch])
+            self.order = epoch, rng.permutation(len(self.items))
+        return int(self.order[1][position])
+
+    def others(self, draw: int) -> list[int]:
+        """What to take instead, first choice first: items that the global batch has not."""
+        batch, place = divmod(draw, self.batch)
+        start, index = batch * self.batch, self.index(draw)
+        taken = {self.index(start + position) for position in range(self.batch)}
+        order = np.random.default_rng([*self.seed, 2, batch]).permutation(len(self.items)).tolist()
+        free = [item for item in order if item not in taken] or [i for i in order if i != index]
+        # The first choices of a batch's draws differ. Where so many fail, the disk is gone.
+        return (free[place :: self.batch] + free)[:100]
+
+    def tensors(self, draw: int) -> tuple[Tensor, ...]:
+        """What `read` gives of the draw's item, or of another one."""
+        index = self.index(draw)
+        try:
+            return self.read(self.items[index])
+        except InputError as error:
+            if self.broken is None:
+                raise LoneError(error) from error
+            self.broken[index] = True
+            for other in self.others(draw):
+                try:
+                    return self.read(self.items[other])
+                except InputError:
+                    self.broken[other] = True
+            raise LoneError(f"{error}, and so with all that were tried instead") from error
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, ...]:
+        tensors = self.tensors(draw)
+        seed = np.random.SeedSequence([*self.seed, 1, draw]).generate_state(1, np.uint64)[0]
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed the GPUs as well.
+            torch.default_generator.manual_seed(int(seed))
+            return self.view(*tensors)
+
+
+class Pictures(Dataset):
+    """A list of pictures in order, each as the view shows it."""
+
+    def __init__(self, pairs: Sequence[Pair], lookup: np.ndarray, view: View):
+        self.pairs, self.lookup, self.view = pairs, lookup, view
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return self.view(*read_pair(self.pairs[index], self.lookup))
+
+
+def read_pair(pair: Pair, lookup: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Picture (3, H, W) uint8 and label (H, W) uint8 in class indices.
+
+    An unlabelled picture's label is void throughout; no file is opened for it.
+    """
+    image = torch.from_numpy(read_image(pair[0])).permute(2, 0, 1)
+    if pair[1] is None:
+        return image, torch.full(image.shape[1:], VOID, dtype=torch.uint8)
+    return image, torch.from_numpy(lookup[read_mask(pair[1])])
+
+
+def training_loader(
+    data: Data,
+    split: str,
+    view: View,
+    batch_size: int,
+    numbers: range,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The batches of views of these numbers; split is "labeled" or "unlabeled".
+
+    What a batch holds depends on seed, number and the position in the global batch of
+    world x batch_size pictures alone: not on the number of workers or processes, nor on where
+    `numbers` begin, so that a resumed run sees what an uninterrupted one sees.
+    """
+    stream = ("labeled", "unlabeled").index(split)
+    read = partial(read_pair, lookup=data.lookup)
+    # An unlabelled picture is not decoded before it is drawn; one that is broken is skipped.
+    pairs, spare = getattr(data, split), split == "unlabeled"
+    draws = Draws(pairs, read, view, (seed, stream), batch_size * world, spare)
+    return draws_loader(draws, batch_size, numbers, rank, world, workers, pin_memory)
+
+
+def draws_loader(
+    draws: Draws,
+    batch_size: int,
+    numbers: range,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """This process's share of the draws, in the batches of these numbers."""
+    whole = batch_size * world
+    batches = [
+        [number * whole + rank * batch_size + position for position in range(batch_size)]
+        for number in numbers
+    ]
+    return DataLoader(
+        draws,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader's own draws leave torch's generator alone
+        worker_init_fn=outlive_signals,
+    )
+
+
+def val_loader(
+    data: Data,
+    view: View,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+    pixels: int = 2**16,
+) -> DataLoader:
+    """The validation pictures; each process has every world-th, none comes twice.
+
+    Batches are `of_one_size`, of at most `pixels` pixels.
+    """
+    pairs = data.val[rank::world]
+    sizes = {index: read_header(mask) for index, (_, mask) in enumerate(pairs)}
+    return DataLoader(
+        Pictures(pairs, data.lookup, view),
+        batch_sampler=of_one_size(sizes, pixels),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=outlive_signals,
+    )
+
+
+def of_one_size(sizes: dict[int, tuple[int, int]], pixels: int) -> list[list[int]]:
+    """Batches of pictures of one size, of at most so many pixels, or of a single picture.
+
+    sizes: by a picture's index, its height and width.
+    """
+    groups, batches = {}, []
+    for index, size in sizes.items():
+        groups.setdefault(size, []).append(index)
+    for (height, width), group in groups.items():
+        count = max(pixels // (height * width), 1)
+        batches += [group[start : start + count] for start in range(0, len(group), count)]
+    return batches

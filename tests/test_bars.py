@@ -9,7 +9,7 @@ from few_shapes import ROOT
 NOTEBOOK = """
 import sys
 from types import ModuleType
-class ZMQInteractiveShell: pass
+class ZMQInteractiveShell: config = {"IPKernelApp": {}}  # which older tqdm asks for
 class Widget:
     def __init__(self, *args, **kwargs):
         self.children, self.layout, self.style = kwargs.get("children", ()), self, self

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
+from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 
@@ -280,6 +281,14 @@ def check_scales(cfg: RunConfig, image: str, height: int, width: int) -> None:
             else:
                 continue
             raise InputError(f"{_flag(name)} {' '.join(map(str, getattr(cfg, name)))}: {what}")
+
+
+def crop_share(cfg: RunConfig, height: int, width: int) -> float:
+    """The share of a picture that a training crop shows at the middle one of --scales."""
+    long = max(height, width)
+    side = median(getattr(cfg, "scales", [1.0])) * getattr(cfg, "base_size", long)
+    shown = cfg.crop_size * long / side  # pixels of the picture, before it is scaled
+    return min(shown / height, 1) * min(shown / width, 1)
 
 
 def _own_needs(kind: Any) -> Needs:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -33,10 +34,11 @@ from common.flags import (
     SemiConfig,
     check_config,
     check_scales,
+    crop_share,
     given_flags,
     parse_config,
 )
-from common.layouts import shortened
+from common.layouts import read_header, shortened
 from common.loaders import View, training_loader, val_loader
 from common.metrics import evaluate, evaluating, iou, windows
 from common.outputs import (
@@ -207,6 +209,13 @@ class Run:
         fits = partial(check_scales, self.cfg)
         counts = check(data, self.rank, self.world, unlabeled, fits)
         self.print(describe(data, counts))
+        sizes = [read_header(image) for image, _ in data.labeled[:100]]
+        share = median(crop_share(self.cfg, *size) for size in sizes)
+        if share < 0.02:
+            self.print(
+                f"crops of --crop-size {self.cfg.crop_size} show {100 * share:.2g} % of a picture: "
+                "make pictures smaller, or crops larger"
+            )
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler
         self.data, self.networks, self.state, self.stage = data, model, state, {}

@@ -734,6 +734,17 @@ def test_resume_says_where_it_goes_on(few, light, tmp_path, capsys, power_cut):
     assert "--resume: all 4 steps are done\n" in out and "epochs" not in out
 
 
+@pytest.mark.parametrize("script", [cps, cac])
+def test_crops_of_large_photographs_are_said_to_show_little(
+    script, few, light, tmp_path, monkeypatch, capsys
+):
+    """CAC scales pictures to --base-size first."""
+    monkeypatch.setattr("common.run.read_header", lambda path: (3000, 4000))
+    script.train(script.Config(**TINY_OF[script.__name__] | dict(output_dir=str(tmp_path))))
+    said = "crops of --crop-size 32 show 0.0085 % of a picture: make pictures smaller, or crops"
+    assert (said in capsys.readouterr().out) == (script is cps)
+
+
 def test_processes_exchange_gradients_once_a_step(few, light, tmp_path, monkeypatch):
     run, network = begun(tmp_path, accum=3)
     run.world = 2

@@ -33,7 +33,9 @@ LONG = {  # by script: flags of runs that take a few seconds
 
 def outcome(folder: Path) -> dict[str, object]:
     """What a run leaves that must be the same, by file."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "config.json"]
+    # log.old.jsonl: of a run that was killed before its first checkpoint, and begins anew.
+    others = "config.json", "log.old.jsonl"
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in others]
     found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
     lines = map(json.loads, found["log.jsonl"].splitlines())
     return found | {"log.jsonl": [line | {"seconds": 0} for line in lines]}

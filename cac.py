@@ -139,6 +139,11 @@ RECIPES = {
     "voc resnet101": RELEASED | dict(backbone="resnet101", bank=2),
     "cityscapes": RELEASED | CITYSCAPES,
 }
+# Ours: `--weights none`, a small network from nothing, in minutes on a CPU.
+SMALL = dict(backbone="resnet18", width=64, crop_size=96, batch_size=4, workers=0)
+SMALL |= dict(iters=500, eval_every=100, lr=0.03, backbone_lr=1.0, warmup=0.1, dropout=0.0)
+SMALL |= dict(base_size=192, scales=(0.75, 1.25), pair_scales=(0.8, 1.25), strength=0.2)
+RECIPES["folder no-weights"] = SMALL
 
 
 # --- the method (Sec. 3) ---

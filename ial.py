@@ -129,6 +129,10 @@ RECIPES["cityscapes"] |= dict(tag_scales=(0.1, 0.15), cam_scales=(0.125, 0.25, 0
 # Δ P: [ours] all networks have one kind of encoder.
 RECIPES |= {f"{name} {net}": dict(net=net) for name in RECIPES for net in get_args(Backbone)}
 RECIPES["shapes"] = {}
+# Ours: `--weights none`, a small network from nothing, in minutes on a CPU.
+SMALL = dict(backbone="resnet18", width=64, crop_size=96, batch_size=4, workers=0)
+SMALL |= dict(iters=500, eval_every=100, lr=0.03, net="small", net_lr=0.1, rounds=2)
+RECIPES["folder no-weights"] = SMALL
 
 
 # --- seeds: a classifier of tags, and where it looks ---

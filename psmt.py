@@ -148,6 +148,10 @@ RECIPES |= {
     f"cityscapes {share}": CITYSCAPES | dict(labeled=share) | lengths(labels, 2975, epochs, batch=4)
     for share, labels, epochs in (("1/8", 372, 320), ("1/4", 744, 450), ("1/2", 1488, 550))
 }
+# Ours: `--weights none`, a small network from nothing, in minutes on a CPU.
+SMALL = dict(backbone="resnet18", width=64, crop_size=96, batch_size=4, workers=0)
+SMALL |= dict(iters=500, eval_every=100, lr=0.03, scales=(0.75, 1.25), warmup=0.1, ramp=0.3)
+RECIPES["folder no-weights"] = SMALL | dict(teachers="copy", ema_decay=0.97, strength=0.2)
 RECIPES |= {"voc": RECIPES["voc 1/8"], "cityscapes": RECIPES["cityscapes 1/8"]}
 
 

@@ -134,7 +134,8 @@ def with_recipe(config: type[RunConfig], recipes: dict[str, dict], **given: Any)
     """A config of a dataset's recipe, and of the values given, which win.
 
     recipes[dataset] comes first; then, fewer words first, those whose name has more words, all of
-    them values of a flag, or no-FLAG for one that is off: "voc 1/4", "voc no-cutmix".
+    them values of a flag, or no-FLAG for one that is off: "voc 1/4", "voc no-cutmix", "folder
+    no-weights" for --weights none.
     """
     dataset = given.get("dataset", config.dataset)
     if dataset not in recipes:
@@ -149,7 +150,8 @@ def _recipe(config: type[RunConfig], recipes: dict[str, dict], values: dict) -> 
     """Of all recipes that these values select, the last value of every field that they have."""
     values = {field.name: field.default for field in fields(config)} | values
     words = {value for value in values.values() if isinstance(value, str)}
-    words |= {f"no-{name.replace('_', '-')}" for name, value in values.items() if value is False}
+    off = [name for name, value in values.items() if value is False or value == "none"]
+    words |= {f"no-{name.replace('_', '-')}" for name in off}
     found: dict = {}
     for name in sorted(recipes, key=lambda name: name.count(" ")):
         dataset, *special = name.split()

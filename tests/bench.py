@@ -355,6 +355,8 @@ def config(script: Any, args: argparse.Namespace, **settings: Any) -> Any:
     own = {}
     if args.dataset == "folder":
         own = dict(weights="none", data_path=args.data, crop_size=128, batch_size=2)
+        own |= dict(backbone="resnet50", width=256)
+        own |= dict(net="resnet50") if script.__name__ == "ial" else {}
     given = dict(crop_size=args.crop, batch_size=args.batch, backbone=args.backbone)
     given = {name: value for name, value in (given | dict(width=args.width)).items() if value}
     machine = dict(device=args.device, amp=args.amp, workers=args.workers, eval_every=10**6)

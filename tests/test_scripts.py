@@ -457,12 +457,11 @@ def test_recipes_name_their_dataset_and_hold_values_that_can_be(name):
     for key, recipe in script.RECIPES.items():
         dataset, *special = key.split()
         given = {}
-        for word in special:  # a value of --backbone, --supervision or --labeled, or --no-FLAG
-            kinds = dict.fromkeys(get_args(Backbone), "backbone") | dict(mean_teacher="supervision")
-            off = word.startswith("no-")
-            given |= (
-                {word.removeprefix("no-"): False} if off else {kinds.get(word, "labeled"): word}
-            )
+        # A word is a value of --backbone, --supervision or --labeled, or says that a flag is off.
+        off = {"no-cutmix": dict(cutmix=False), "no-weights": dict(weights="none")}
+        kinds = dict.fromkeys(get_args(Backbone), "backbone") | dict(mean_teacher="supervision")
+        for word in special:
+            given |= off.get(word) or {kinds.get(word, "labeled"): word}
         words = [
             f"--no-{name}" if value is False else f"--{name}={value}"
             for name, value in given.items()
@@ -473,6 +472,16 @@ def test_recipes_name_their_dataset_and_hold_values_that_can_be(name):
         assert cfg.dataset == dataset == script.RECIPES[dataset].get("dataset", "shapes")
         check_config(cfg)
         getattr(script, "check_flags", check_config)(cfg)
+
+
+@every_script
+def test_without_weights_own_pictures_have_a_small_network_and_other_flags_still_win(name):
+    script = import_module(name)
+    cfg = script.recipe("folder", weights="none", data_path="data", width=32)
+    assert (cfg.backbone, cfg.width, cfg.iters, cfg.workers) == ("resnet18", 32, 500, 0)
+    for other in (dict(amp="none"), dict(weights="start.pt")):
+        assert script.recipe("folder", data_path="data", **other).backbone == "resnet50"
+    assert script.recipe("voc", data_path="data", weights="none").backbone == "resnet50"
 
 
 def test_all_of_ials_networks_have_the_backbone_that_is_asked_for():

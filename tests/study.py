@@ -298,6 +298,12 @@ PSMT = {
     "eps 2, mean over valid pixels": on_shapes("psmt", "", 3, ALL_VALID, "valid"),
     "supervised": on_shapes("psmt", "--supervised-only"),
 }
+NOISY = on_photographs("flowers", "1/16", "PS-MT")
+PSMT_FLOWERS = {
+    "no noise": on_photographs("flowers", "1/16", "PS-MT", more="--eps 0"),
+    "T-VAT, eps 2": NOISY,
+    "random, eps 2": replace(NOISY, name=f"{NOISY.name}_random", edits=RANDOM),
+}
 SEEN = {"observed": on_shapes("psmt", "--eval-every 35", 1, OBSERVE, "seen")}
 CAC = {
     "VIII (all)": on_shapes("cac"),
@@ -514,6 +520,7 @@ def show_labels(data: str, home: Path) -> None:
 
 TABLES = {
     "psmt": (PSMT, partial(show_variants, base="no noise")),
+    "psmt-flowers": (PSMT_FLOWERS, partial(show_variants, base="no noise")),
     "seen": (SEEN, show_seen),
     "cac": (CAC, partial(show_variants, base="VIII (all)")),
     "cac-classes": (CAC, partial(show_classes, base="(a) supervised")),

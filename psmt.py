@@ -15,7 +15,7 @@ Where to find it (of the paper's equation numbers we know one)
     Conf-CE   hard labels weighted with confidence, above a threshold τ     conf_ce_loss
     T-VAT     r_adv = argmax KL(p(z) || p(z + r)) over ||r|| <= eps         t_vat
     L_sup     labelled pictures, strong view, with r_adv                    train; common.losses
-    EMA       teacher <- decay teacher + (1 - decay) student, in turns      ema_update, train
+    EMA       teacher <- decay teacher + (1 - decay) student, in turns      ema_update, turn_length
     Total     L = L_sup + λ(t) L_conf                                       train, ramp_up
     CutMix, ZoomIn/Out, weak and strong views              box_masks, zoom, views; common.augment
 
@@ -259,6 +259,17 @@ def ramp_up(step: int, length: float) -> float:
     return 0.5 * (1 - math.cos(math.pi * share))
 
 
+def turn_length(epoch: int, ramp: float) -> int:
+    """Steps until it is the other teacher's turn: an epoch, a pass over the unlabelled pictures.
+
+    ramp: the steps over which λ rises.
+    """
+    # Δ C: at most a twelfth of λ's rise. For C's rise of 12 passes that changes nothing; in a short
+    # run one teacher would rest from before the rise until its end.
+    turn = min(epoch, round(ramp / 12)) if ramp else epoch
+    return max(turn, 1)
+
+
 # --- data views: weak and strong, CutMix, ZoomIn/Out ---
 
 
@@ -340,6 +351,14 @@ def recipe(dataset: str, **changes: Any) -> Config:
     return with_recipe(Config, RECIPES, dataset=dataset, **changes)
 
 
+def check_flags(cfg: Config) -> None:
+    """Raise InputError for flags of this script that do not go together."""
+    ignored = {}
+    if cfg.crop_size**2 <= OHEM_KEPT:
+        ignored["ohem"] = f"on crops of {cfg.crop_size} pixels: it keeps {OHEM_KEPT} of a picture"
+    refuse_silence(cfg, RECIPES, **ignored)
+
+
 def decoder(network: DeepLabV3Plus) -> Callable[[Tensor], Tensor]:
     """What follows the encoding: (B, width + 48, h, w) -> logits (B, K, h, w), not upsampled."""
     return lambda encoded: network.classify(network.decode(encoded))
@@ -351,11 +370,8 @@ def train(cfg: Config) -> Result:
     With --supervised-only it is the student. Raises InputError for flags and files that cannot be
     right, and when training diverges.
     """
-    ignored = {}
-    if cfg.crop_size**2 <= OHEM_KEPT:
-        ignored["ohem"] = f"on crops of {cfg.crop_size} pixels: it keeps {OHEM_KEPT} of a picture"
-    refuse_silence(cfg, RECIPES, **ignored)
     run = Run("psmt", cfg)
+    check_flags(cfg)
     data = run.load(mixed=cfg.cutmix != "off")
 
     # Δ C: all three start alike, but with `own` each from a random head of its own. C loads the
@@ -389,14 +405,9 @@ def train(cfg: Config) -> Result:
     # Δ C: a picture's partner is another one, the same for all its boxes, which cancel where they
     # overlap; in C it may be the picture itself, and each box has its own.
     masks_of = box_masks if cfg.cutmix == "box" else cutmix_masks
-    # Steps until it is the other teacher's turn: a pass over the unlabelled pictures.
-    # Δ C: at most a twelfth of λ's rise. For C's rise of 12 passes that changes nothing; in a short
-    # run one teacher would rest from before the rise until its end.
-    turn = math.ceil(len(data.unlabeled) / run.world) // (cfg.batch_size * cfg.accum)
     ramp = cfg.ramp * cfg.iters
-    if ramp:
-        turn = min(turn, round(ramp / 12))
-    turn = max(turn, 1)
+    own_share = math.ceil(len(data.unlabeled) / run.world)
+    turn = turn_length(own_share // (cfg.batch_size * cfg.accum), ramp)
 
     # The part of the teachers' decoders that has BatchNorm.
     normalised = nn.ModuleList(teacher.decoder for teacher in teachers)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from common.augment import whole_view
 from common.colors import GREY, colorize
 from common.curves import wrap
-from common.layouts import DRAWN, VOID, Data
+from common.layouts import DRAWN, Data
 from common.loaders import read_pair
+from common.losses import VOID
 from common.metrics import classify, evaluating
 from common.outputs import replace_file
 

@@ -263,7 +263,9 @@ OBSERVE = (
 """,
     ),
 )
-FULL_TURN = (("        turn = min(turn, round(ramp / 12))\n", "        pass\n"),)
+FULL_TURN = (
+    ("    turn = min(epoch, round(ramp / 12)) if ramp else epoch\n", "    turn = epoch\n"),
+)
 ALL_VALID = (
     (
         "    return torch.where(passing, losses, 0.0).sum() / passing.sum().clamp(min=1)\n",

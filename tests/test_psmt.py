@@ -251,6 +251,11 @@ def test_the_ramp_is_half_a_cosine():
 # --- views, CutMix, ZoomIn/Out ---
 
 
+def test_a_turn_is_an_epoch_or_a_twelfth_of_the_rise():
+    assert [psmt.turn_length(*case) for case in ((30, 360), (30, 0), (30, 120))] == [30, 30, 10]
+    assert [psmt.turn_length(*case) for case in ((0, 0), (3, 5))] == [1, 1]
+
+
 def test_views_share_geometry_and_draw_scales_from_the_whole_range(monkeypatch):
     image, label = torch.randint(256, (3, 50, 70), dtype=torch.uint8), torch.randint(4, (50, 70))
     crops = spy(monkeypatch, augment, "random_crop")

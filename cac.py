@@ -510,7 +510,8 @@ def recipe(dataset: str, **changes: Any) -> Config:
 
 def check_flags(cfg: Config) -> None:
     """Raise InputError for flags of this script that do not go together."""
-    refuse_silence(cfg, RECIPES)
+    of_the_loss = [] if cfg.lam else ["tau", "bank", "mean_over", "directed", "class_filter"]
+    refuse_silence(cfg, RECIPES, **dict.fromkeys(of_the_loss, "with --lam 0"))
     for name in ("scales", "pair_scales"):
         low, flag = getattr(cfg, name)[0], name.replace("_", "-")
         if low * cfg.base_size < STRIDE:

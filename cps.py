@@ -286,6 +286,8 @@ def check_flags(cfg: Config) -> None:
         ignored["ema_decay"] = "without --supervision mean_teacher"
     if cfg.crop_size**2 <= OHEM_KEPT:
         ignored["ohem"] = f"on crops of {cfg.crop_size} pixels: it keeps {OHEM_KEPT} of a picture"
+    if not cfg.lam:
+        ignored |= dict.fromkeys(["ramp", "count_padding"], "with --lam 0")
     refuse_silence(cfg, RECIPES, **ignored)
     mixes = cfg.supervision in ("cps", "mean_teacher", "single")
     if cfg.cutmix and not mixes and not cfg.supervised_only:

@@ -356,6 +356,8 @@ def check_flags(cfg: Config) -> None:
     ignored = {}
     if cfg.crop_size**2 <= OHEM_KEPT:
         ignored["ohem"] = f"on crops of {cfg.crop_size} pixels: it keeps {OHEM_KEPT} of a picture"
+    if not cfg.lam:
+        ignored |= dict.fromkeys(["threshold", "ramp", "count_padding"], "with --lam 0")
     refuse_silence(cfg, RECIPES, **ignored)
 
 

@@ -591,7 +591,7 @@ def test_rates_decay_and_dropout_are_those_of_the_paper(tmp_path):
 
 def test_without_lambda_the_network_learns_from_labels_alone(tmp_path, monkeypatch):
     """Its parameters are the baseline's, bit by bit; the baseline looks at no pair of crops."""
-    zero, *_ = run(tmp_path / "zero", lam=0.0)
+    zero, *_ = run(tmp_path / "zero", lam=0.0, bank=8)
     monkeypatch.setattr(cac.ContrastiveNet, "features", None)
     baseline, state, _ = run(tmp_path / "sup", supervised_only=True)
     for name, value in baseline.model.named_parameters():

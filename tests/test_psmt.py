@@ -424,7 +424,7 @@ def test_the_loss_is_that_of_labels_and_lambda_times_the_other(tmp_path, monkeyp
     Each of the 7 classes' biases has the gradient 1 in the loss put in the place of Conf-CE.
     """
     monkeypatch.setattr(psmt, "conf_ce_loss", lambda student_logits, *_: 7 * student_logits.mean())
-    several = [dict(lam=0.0), dict(lam=1.5), dict(supervised_only=True)]
+    several = [dict(lam=0.0, ramp=0.15), dict(lam=1.5), dict(supervised_only=True)]
     told = [tell(tmp_path / str(k), eps=0.0, lr=0.1, **flags) for k, flags in enumerate(several)]
     none, some, baseline = (run.networks["student"] for run in told)
     assert list(told[2].networks) == ["student"] and equal(baseline, none) and not told[0].t_vat

@@ -68,10 +68,13 @@ VARIANTS = {  # short runs that together take every switch of a script, beside T
 REFUSED = {  # flags that a script cannot take, the first of which is at fault
     "": ["--itres=5", "--iters", "--crop-size=50", "--dataset=imagenet", "--device=tpu9"],
     "semi": ["--labeled=1/999", "--unlabeled=nowhere", "--data-path=nowhere --dataset=folder"],
-    "cps": ["--supervision=prob_l2", "--supervision=pseudoseg", "--scales 1 0", "--ramp=1.5"],
-    "psmt": ["--scales 2 0.5", "--scales 1", "--warmup=1", "--threshold=1.5", "--eps=-1"],
+    "cps": ["--supervision=prob_l2", "--supervision=pseudoseg", "--scales 1 0", "--ramp=1.5"]
+    + ["--ramp=0.5 --lam=0", "--ema-decay=0.5"],
+    "psmt": ["--scales 2 0.5", "--scales 1", "--warmup=1", "--threshold=1.5", "--eps=-1"]
+    + ["--threshold=0.5 --lam=0"],
     "cac": ["--gamma=1.5", "--tau=0", "--tau=nan", "--warmup=1", "--pair-scales 2 0.5"]
-    + ["--scales 0.001 0.002", "--pair-scales 0.001 0.002", "--directed=maybe", "--bank=-1"],
+    + ["--scales 0.001 0.002", "--pair-scales 0.001 0.002", "--directed=maybe", "--bank=-1"]
+    + ["--tau=0.5 --lam=0"],
     "ial": ["--fg 1.5", "--bg 0.9", "--net-steps 1 1", "--net-steps 0.01 1 1", "--stride=5"]
     + ["--labeled=1/2", "--supervised-only", "--background=nothing", "--mining=maybe"]
     + ["--method=direct", "--mining=rule80", "--lam=0 --probes=5"],  # the first two: TINY's --tau

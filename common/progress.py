@@ -16,12 +16,17 @@ def plan(cfg: RunConfig, data: Data, total: int, processes: int, begin: int) -> 
     several = [f"{count} {name}" for count, name in factors if count > 1]
     count = math.prod(number for number, _ in factors)
     how = f" ({' x '.join(several)})" * (len(several) > 1)
-    sizes, passes = f"{count}", f"{total * count / len(data.labeled):.3g} epochs"
+    sizes, passes = f"{count}", f"{short(total * count / len(data.labeled))} epochs"
     if not getattr(cfg, "supervised_only", True):
         sizes = f"{count} labelled and {count} unlabelled"
-        others = f"{(total - begin) * count / len(data.unlabeled):.3g}"
+        others = short((total - begin) * count / len(data.unlabeled))
         passes += f" of the labelled, {others} of the unlabelled"
     return f"{total} steps of {sizes} pictures{how}: {passes}"
+
+
+def short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.3g}" if number < 999 else f"{number:.0f}"
 
 
 class Clock:

@@ -48,7 +48,7 @@ from common.loaders import val_loader
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
 from common.outputs import iou_columns, replace_file, replace_text
-from common.progress import duration, plan
+from common.progress import duration, plan, short
 from common.run import InputError, Run, main
 
 TINY = SEMI | dict(iters=8)
@@ -801,6 +801,7 @@ def test_soon_after_the_start_and_a_warm_up_the_time_left_is_said(
         "step 8/1000  about 1.9 h to step 1000, without evaluations",
         "step 28/1000  about 16.2 h to step 1000, without evaluations",
     ]
+    assert [short(n) for n in (1.6667, 83.33, 999.6, 12345)] == ["1.67", "83.3", "1000", "12345"]
     assert [duration(s) for s in (20, 89, 100, 5000, 6000)] == "20 s,89 s,2 min,83 min,1.7 h".split(
         ","
     )

@@ -133,7 +133,9 @@ def _summary(root: Path, split: str) -> dict[str, Any] | None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         same = summary["bytes"] == source.stat().st_size and _are_classes(summary["classes"])
-        same = same and set().union(*summary["shown"].values()) <= set(range(256))
+        rows = list(summary["shown"].values())
+        same = same and all(isinstance(row, list) for row in rows)
+        same = same and all(type(n) is int and 0 <= n < 256 for row in rows for n in row)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         same = False
     if not same:

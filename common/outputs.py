@@ -206,7 +206,7 @@ def log_text(lines: list[dict]) -> str:
 def evaluation(line: dict) -> dict:
     """Of a log's line what an evaluation gave: the step, and mIoU with what stands behind it."""
     names = list(line)
-    names = ["step", *names[names.index("miou") :]]
+    names = ["step", *names[min(names.index("miou"), names.index("iou")) :]]
     return {name: line[name] for name in names if name != "seconds"}
 
 

@@ -47,7 +47,7 @@ from common.flags import (
 from common.loaders import val_loader
 from common.machine import average_buffers, average_gradients
 from common.metrics import evaluate, iou
-from common.outputs import iou_columns, replace_file, replace_text
+from common.outputs import evaluation, iou_columns, replace_file, replace_text
 from common.progress import duration, plan, short
 from common.run import InputError, Run, main
 
@@ -688,6 +688,12 @@ def test_resuming_a_finished_run_gives_its_result(few, light, tmp_path):
     assert again.miou == first.miou and again.history == first.history
     for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b.cpu())
+
+
+def test_what_an_evaluation_gave_is_found_whatever_the_order():
+    line = {"step": 4, "loss": 1.0, "iou": {"a": 0.5}, "miou": 0.5, "student": 0.4, "seconds": 9.0}
+    told = {"step": 4, "iou": {"a": 0.5}, "miou": 0.5, "student": 0.4}
+    assert evaluation(line) == told
 
 
 def test_a_finished_run_whose_log_has_iou_as_a_list_is_resumed(few, light, tmp_path, capsys):

@@ -27,7 +27,7 @@ changes results most:
     3. CutMix mixes different pictures; C, by accident, two views of one picture.
     4. Rate and weight decay are those that C applies in effect: a rate of a quarter or less of the
        published one, a decay of four or eight times C's (P's 5e-4 is a misprint).
-    5. In the embedded dataset's recipe, without pretrained weights, λ rises from 0: `--ramp`.
+    5. In the recipes without pretrained weights λ rises from 0: `--ramp`.
 Left out: the recipes for few hundred labels (Table 5), HRNet, self-training.
 
 `python cps.py --amp none`: 53.3 mIoU, mean of three seeds (supervised: 44.1), in minutes.

@@ -315,9 +315,9 @@ def mine(
     elif mode in ("relabel", "agree"):
         conf, labels = mask_tags(region_probs.mT, tags).max(dim=1)  # (B, S)
         known = conf >= tau  # False where conf is NaN
-        # agree [paper, by a review]: regions that contradict their majority's label are removed;
-        # [ours] so are those without one.
-        # Δ P: [ours] relabel, as we read Fig. 4: noisy regions are removed, and some corrected.
+        # agree [paper, by a review]: regions that contradict their majority's label are removed.
+        # Δ P: [ours] so are those without one. relabel, as we read Fig. 4: noisy regions are
+        # removed, and some corrected.
         known = known & (labels == majority) if mode == "agree" else known
     else:
         raise ValueError(f'mode is "relabel", "agree" or "rule80", not {mode!r}')

@@ -24,7 +24,7 @@ had C but not the text of P: what is said of P rests on its abstract, on other r
 on what its authors wrote elsewhere. What changes results most:
     1. T-VAT's noise has the norm eps; C's, as released, is nearly zero where it was measured.
     2. The ensemble is the plain mean; in C one teacher counts with its seven highest logits alone.
-    3. `--teachers copy` (embedded dataset): both start as copies of the warmed-up student. `own`
+    3. `--teachers copy` (no pretrained weights): both start as the warmed-up student. `own`
        (the other recipes, and C): each network learns by itself in the warm-up. All three then have
        pretrained backbones, in C the student alone.
     4. A teacher's turn is a pass over the unlabelled pictures, as in C, but no longer than a
@@ -69,7 +69,7 @@ class Config(SemiConfig):
     warmup: Part = 0.1  # share of the steps that are supervised, at the start
     teachers: Literal["own", "copy"] = "copy"  # in the warm-up train alone, or copy the student
     ema_decay: Share = 0.9  # EMA decay of the teachers: 0.996 in the released code
-    eps: float = 2.0  # norm of T-VAT's noise, by picture; 0: none; 2 is what the released code asks
+    eps: float = 2.0  # norm of T-VAT's noise by picture, 0: none; 2 is the released code's
     cutmix: Literal["box", "boxes", "off"] = "box"  # one box a picture (VOC), three (Cityscapes)
     # Δ P: off, as in C for DeepLabv3+; it is part of P's strong view.
     zoom: bool = False  # ZoomIn/Out of the strong view

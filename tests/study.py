@@ -93,7 +93,8 @@ def prepare(home: Path, photographs: Path) -> None:
     """CamVid at a third of its size, the flowers at half, and a start from the animals' tags."""
     from PIL import Image
 
-    shutil.copytree(photographs / "flowers", home / "data" / "flowers-128", dirs_exist_ok=True)
+    for name, copy in (("flowers", "flowers-128"), ("vocanimals", "vocanimals")):
+        shutil.copytree(photographs / name, home / "data" / copy, dirs_exist_ok=True)
     for name, by in (("camvid", 3), ("flowers", 2)):
         for path in sorted((photographs / name).rglob("*")):
             copy = home / "data" / path.relative_to(photographs)
@@ -332,19 +333,28 @@ IAL = {
         "--method direct",
     )
 }
-# From tags, at the flowers' own size: four cells a side, as at half of it, are too coarse a map.
+# From tags, at the pictures' own size: four cells a side, as at half of it, are too coarse a map.
 TAGS = (
-    "--dataset folder --data-path data/flowers-128 --weights data/start.pt --backbone resnet18 "
-    "--net resnet18 --width 64 --batch-size 16 --crop-size 128 --workers 0 --rounds 2 --iters 1200 "
+    f"{NETWORK} --weights data/start.pt --net resnet18 --crop-size 128 --rounds 2 --iters 1200 "
     "--eval-every 1200 --lr 0.03 --net-lr 0.02 --net-steps 0.5 0.25 0.5 --scales 0.75 1.0 1.25 "
     "--tag-scales 0.75 1.0 1.25 --cam-scales 1.0 1.5 2.0 --fg 0.5 --bg 0.15"
 )
-IAL_FLOWERS = {
-    flags or "as it is": Cell(
-        re.sub(r"\W+", "_", f"flowers-128 ial {flags}").strip("_"), "ial", f"{TAGS} {flags}".strip()
-    )
-    for flags in ("", "--method direct", "--scans sequence --project", "--no-balance")
-}
+
+
+def from_tags(data: str, *variants: str, seeds: int = 3) -> dict[str, Cell]:
+    """IAL on a set, as it is and with further flags."""
+    cells = {}
+    for flags in ("", *variants):
+        name = re.sub(r"\W+", "_", f"{data} ial {flags}").strip("_")
+        every = f"{TAGS} --data-path data/{data} {flags}".strip()
+        cells[flags or "as it is"] = Cell(name, "ial", every, tuple(range(seeds)))
+    return cells
+
+
+IAL_FLOWERS = from_tags(
+    "flowers-128", "--method direct", "--scans sequence --project", "--no-balance"
+)
+IAL_ANIMALS = from_tags("vocanimals", "--method direct", seeds=1)
 
 # --- the tables ---
 
@@ -528,6 +538,7 @@ TABLES = {
     "cac-classes": (CAC, partial(show_classes, base="(a) supervised")),
     "ial": (IAL, show_stages),
     "ial-flowers": (IAL_FLOWERS, show_stages),
+    "ial-animals": (IAL_ANIMALS, show_stages),
     "cps": (CPS, partial(show_variants, base="supervised")),
     "enough": (ENOUGH, partial(show_variants, base="supervised 1/40")),
 }

@@ -499,7 +499,10 @@ def show_photographs(data: str, cells: dict[str, Cell], home: Path) -> None:
 
 
 def show_labels(data: str, home: Path) -> None:
-    """What the checkpoints call the unlabelled training pictures, whose masks no run has opened."""
+    """What the checkpoints call the unlabelled training pictures, whose masks no run has opened.
+
+    Of the foreground pixels that they find, the share with the right class.
+    """
     import torch
 
     sys.path.insert(0, str(home))
@@ -509,25 +512,31 @@ def show_labels(data: str, home: Path) -> None:
     from common.loaders import Pictures
     from common.metrics import confusion_matrix
 
-    root, rows = str(home / "data" / data), []
-    for share in SHARES[data]:
+    root, methods, rows = str(home / "data" / data), ("supervised", "CPS + CutMix"), []
+
+    def right(checkpoint: Path, pictures: Pictures, classes: int) -> float:
+        saved = torch.load(checkpoint, weights_only=True)
+        network = DeepLabV3Plus(**saved["arguments"][0] | dict(weights=None)).eval()
+        network.load_state_dict(saved["networks"][0])
+        counts = torch.zeros(classes, classes)
+        with torch.no_grad():
+            for image, label in (pictures[index] for index in range(len(pictures))):
+                counts += confusion_matrix(network(image[None]).argmax(dim=1), label[None], classes)
+        return 100 * float(counts.diagonal()[1:].sum() / counts[1:, 1:].sum())
+
+    for share in COUNTS:
         every, few = (load("folder", root, chosen, "", 0) for chosen in ("all", share))
         pairs = [pair for pair in every.labeled if pair not in few.labeled]
         pictures = Pictures(pairs, every.lookup, whole_view)
-        for method in ("supervised", "CPS + CutMix"):
-            cell, found = on_photographs(data, share, method), []
-            for seed in cell.logs(home):
-                saved = torch.load(cell.folder(home, seed) / "last.pt", weights_only=True)
-                network = DeepLabV3Plus(**saved["arguments"][0] | dict(weights=None)).eval()
-                network.load_state_dict(saved["networks"][0])
-                counts = torch.zeros(len(every.classes), len(every.classes))
-                with torch.no_grad():
-                    for image, label in (pictures[index] for index in range(len(pairs))):
-                        predicted = network(image[None]).argmax(dim=1)
-                        counts += confusion_matrix(predicted, label[None], len(counts))
-                found.append(100 * float(counts.diagonal()[1:].sum() / counts[1:, 1:].sum()))
-            rows.append([share, method, spread(found)])
-    markdown(["labels", "", "of foreground found, the class is right"], rows)
+        for start in STARTS:
+            row = [share, start]
+            for method in methods:
+                cell = on_photographs(data, share, method, start)
+                paths = [cell.folder(home, seed) / "last.pt" for seed in cell.logs(home)]
+                found = [right(path, pictures, len(every.classes)) for path in paths]
+                row.append(spread(found))
+            rows.append(row)
+    markdown(["labelled", "from", *methods], rows)
 
 
 TABLES = {

@@ -61,7 +61,6 @@ def read_last(folder: Path, settings: dict, data: Data, changed: bool) -> dict:
         kind = type(error).__name__
         raise InputError(f"{path}: unreadable ({kind}); delete it to start afresh") from error
     refuse_other(folder, settings["script"], before)
-    before["script"] = settings["script"]  # which early ones do not name
     names = [name for name in before | settings if before.get(name) != settings.get(name)]
     if changed and saved.get("classes") == list(data.classes):
         names = [name for name in names if name != "pictures"]

@@ -259,15 +259,6 @@ def average_buffers(networks: nn.Module) -> None:
                 statistic /= dist.get_world_size()
 
 
-def largest(values: list[float], device: torch.device) -> list[float]:
-    """Of each value the largest that a process has."""
-    if not dist.is_initialized():
-        return values
-    values = torch.tensor(values, dtype=torch.float32, device=device)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()
-
-
 def gather_sum(values: np.ndarray) -> np.ndarray:
     """The sum of the arrays of all processes."""
     if not dist.is_initialized():

@@ -59,7 +59,7 @@ def parse_json(text: str) -> dict | None:
 
 
 def refuse_other(folder: Path, script: str, settings: dict) -> None:
-    """Raise InputError where a run's settings are another script's; early ones name none."""
+    """Raise InputError where a run's settings are another script's."""
     maker = settings.get("script", script)
     if maker != script:
         raise InputError(f"--output-dir {folder}: was made by {maker}.py; name another folder")
@@ -84,7 +84,7 @@ WHOLE = "config.json files.json log.jsonl last.pt best.pt iou.txt panels.png cur
 def changed_files(folder: Path, files: dict[str, str]) -> list[str]:
     """Which of the files that `common.data.check` lists are not what the folder's run began with.
 
-    None for early runs, which left no record. Raises InputError for one that is damaged.
+    None where its record is gone. Raises InputError for one that is damaged.
     """
     path = folder / "files.json"
     before = read_json(path) if path.exists() else files
@@ -152,8 +152,7 @@ def _is_logged(line: dict) -> bool:
         return value is None or number(value)
 
     def by_class(value: Any) -> bool:
-        values = list(value.values()) if isinstance(value, dict) else value  # early: a list
-        return isinstance(values, list) and len(values) > 0 and all(map(known, values))
+        return isinstance(value, dict) and len(value) > 0 and all(map(known, value.values()))
 
     tests = {
         "miou": known,

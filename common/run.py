@@ -360,8 +360,8 @@ class Run:
         last, due, since = self.ask
         if step < due and not at_once:
             return 0, False
-        mine = [signals.number, late, time.time() - since]
-        number, late, seconds = machine.largest(mine, self.device)
+        mine = torch.tensor([[signals.number, late, time.time() - since]], device=self.device)
+        number, late, seconds = machine.gather(mine).amax(dim=0).tolist()
         left = int((step + 1 - last) * 2 / max(seconds, 1e-3))
         self.ask = step + 1, step + 1 + left, time.time()
         return int(number), bool(late)
@@ -446,9 +446,12 @@ class Run:
 
     def _average(self) -> None:
         """Let statistics that processes kept apart be the same in all of them."""
-        for part in (self.state | self.stage).values():
-            if isinstance(part, nn.Module):
-                self.average_buffers(part)
+        self.average_buffers(self._modules())
+
+    def _modules(self) -> nn.ModuleList:
+        """The networks among what a checkpoint holds."""
+        parts = (self.state | self.stage).values()
+        return nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
 
     def score(self, network: nn.Module, several: int = 0) -> Tensor:
         """IoU by class (K,) on the validation pictures, whole or in --eval-window's windows.
@@ -550,9 +553,6 @@ class Run:
         lines = read_log(self.folder / "log.jsonl") if resumed else []
         lines = [line for line in lines if line["step"] <= self.first]  # the others come again
         self.history = [evaluation(line) for line in lines if "miou" in line]
-        for entry in self.history:  # early versions wrote a list
-            if isinstance(entry["iou"], list):
-                entry["iou"] = dict(zip(self.data.classes, entry["iou"], strict=False))
         self.skipped = [image for line in lines for image in line.get("skipped", ())]
         if self.rank == 0:
             settings = asdict(self.cfg) | {"processes": self.world}
@@ -603,19 +603,15 @@ class Run:
         if draw is not None:
             draw(path)
         elif self.data.val:
-            modules = [part for part in self.state.values() if isinstance(part, nn.Module)]
             how = dict(window=self.window, show=self.show)
-            with self.autocast(), machine.tuning(False), evaluating(nn.ModuleList(modules)):
+            with self.autocast(), machine.tuning(False), evaluating(self._modules()):
                 panels(self.model, self.data, path, self.device, **how)
         log = read_log(self.folder / "log.jsonl")
         curves.write(self.folder / "curves.png", {self.name: log})
         self.drawn = True
 
     def _check_weights(self, step: int) -> None:
-        modules = (
-            part for part in (self.state | self.stage).values() if isinstance(part, nn.Module)
-        )
-        weights = [weight for module in modules for weight in module.state_dict().values()]
+        weights = list(self._modules().state_dict().values())
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._diverged("a weight is not finite", step)
 

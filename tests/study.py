@@ -404,12 +404,6 @@ def show_variants(cells: dict[str, Cell], home: Path, base: str) -> None:
     markdown(["", *(f"seed {seed}" for seed in seeds), "mean (range)", f"to {base}"], rows)
 
 
-def class_means(ious: list[dict | list], classes: list[str]) -> list[float]:
-    """Over runs, in percent; an older log has a list in the classes' order."""
-    rows = [row if isinstance(row, list) else [row[name] for name in classes] for row in ious]
-    return [100 * mean(values) for values in zip(*rows, strict=True)]
-
-
 def show_classes(cells: dict[str, Cell], home: Path, base: str) -> None:
     """A row each: IoU by class, means over the seeds, and below the first the differences."""
     table = {}
@@ -417,10 +411,8 @@ def show_classes(cells: dict[str, Cell], home: Path, base: str) -> None:
         logs = cell.logs(home).values()
         ious = [[line["iou"] for line in log if "iou" in line][-1] for log in logs]
         if ious:
-            folder = next(cell.folder(home, seed) for seed in cell.logs(home))
-            lines = (folder / "iou.txt").read_text().splitlines()[:-1]
-            classes = [line.split("\t")[0] for line in lines]
-            table[name] = class_means(ious, classes)
+            classes = list(ious[0])
+            table[name] = [100 * mean(iou[name] for iou in ious) for name in classes]
     rows = []
     for name, values in table.items():
         pairs = zip(values, table[base], strict=True)

@@ -17,7 +17,7 @@ LOG = [
     dict(step=20, stage="a stage", val=0.75),
     dict(step=40, loss_sup=0.5, loss_unsup=0.0, miou=0.5, iou=dict(sky=0.5), teacher=0.75),
 ]
-OTHER = [dict(step=10, loss_sup=4.0, loss_own=1.0), dict(step=20, miou=0.125, iou=[0.125])]
+OTHER = [dict(step=10, loss_sup=4.0, loss_own=1.0), dict(step=20, miou=0.125, iou=dict(sky=0.125))]
 
 
 def places(image, color):

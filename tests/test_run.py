@@ -696,16 +696,6 @@ def test_what_an_evaluation_gave_is_found_whatever_the_order():
     assert evaluation(line) == told
 
 
-def test_a_finished_run_whose_log_has_iou_as_a_list_is_resumed(few, light, tmp_path, capsys):
-    """As logs were before they named classes."""
-    first, (*losses, line) = train(tmp_path, iters=2), logged(tmp_path)
-    line["iou"] = list(line["iou"].values())
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [*losses, line])))
-    capsys.readouterr()
-    assert train(tmp_path, iters=2, resume=True).history == first.history
-    assert f"{shapes.CLASSES[1]} " in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("damage", [None, "last.pt", "config.json"])
 def test_another_scripts_run_is_not_resumed(damage, few, light, tmp_path):
     train(tmp_path, iters=2)
@@ -718,11 +708,8 @@ def test_another_scripts_run_is_not_resumed(damage, few, light, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_run_from_before_scripts_left_their_names_is_resumed(few, light, tmp_path):
+def test_a_run_whose_config_is_damaged_is_resumed(few, light, tmp_path):
     train(tmp_path, iters=2)
-    content = saved(tmp_path)
-    del content["settings"]["script"]
-    torch.save(content, tmp_path / "last.pt")
     (tmp_path / "config.json").write_text("[")
     train(tmp_path, iters=2, resume=True)
 

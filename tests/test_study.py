@@ -29,8 +29,3 @@ def test_every_run_has_a_folder_of_its_own_and_flags_that_exist():
         script = import_module(cell.script)
         cfg = parse_config(script.Config, script.RECIPES, shlex.split(cell.flags))
         assert check_config(cfg) is None
-
-
-def test_ious_by_class_are_read_by_name_and_from_older_logs_by_place():
-    ious = [[0.5, 0.25], dict(cat=0.75, sky=0.0)]
-    assert study.class_means(ious, ["sky", "cat"]) == [25.0, 50.0]

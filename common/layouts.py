@@ -22,7 +22,7 @@ BAD = 254  # in a lookup: a mask value that stands for nothing
 DRAWN = "shapes:"  # before the id of a picture that is drawn, not read
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow has a program decode others
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-MASK_ENDS = ("", "_mask", "_label", "_gt")  # what a mask's name has besides its picture's
+MASK_END = "_(mask|label|gt)$"  # what a mask's name may have besides its picture's
 FOLDER = "classes.txt, images/{train,val}/NAME.jpg, masks/{train,val}/NAME.png"
 Pair = tuple[str, str | None]  # picture, mask
 
@@ -93,14 +93,11 @@ class Data:
 def shapes_layout(_: Path) -> Data:
     """The embedded dataset: a path is DRAWN and the picture's id."""
     splits = [{name: (DRAWN + name,) * 2 for name in shapes.names(s)} for s in ("train", "val")]
-    return _data(Path(), shapes.CLASSES, shapes.COLORS, *splits)
+    return _data(Path(), shapes.CLASSES, shapes.COLORS, splits)
 
 
 def folder_layout(root: Path, train: str = "train", val: str = "val") -> Data:
-    """images/{train,val}/, masks/{train,val}/ with PNG masks of the same names, classes.txt.
-
-    A mask's name may end in one of MASK_ENDS, and its suffix be .PNG. What is left over is noted.
-    """
+    """images/{train,val}/, masks/{train,val}/ with PNG masks, classes.txt; notes what is left."""
     names = _read_classes(root / "classes.txt")
     splits, used = [], set()
     for split in (train, val):
@@ -112,7 +109,7 @@ def folder_layout(root: Path, train: str = "train", val: str = "val") -> Data:
         masks = _match_masks(images, find_pictures(root / "masks" / split, {".png"}))
         splits.append({n: (str(p), masks.get(n)) for n, p in images.items()})
         used.update(map(str, images.values()), masks.values())
-    data = _data(root, names, _read_colors(root / "colors.txt", names), *splits)
+    data = _data(root, names, _read_colors(root / "colors.txt", names), splits)
     data.notes += _left_over(root, used)
     return data
 
@@ -162,41 +159,27 @@ def _read_colors(path: Path, classes: list[str]) -> list[Color]:
 def _match_masks(images: dict[str, Path], masks: dict[str, Path]) -> dict[str, str]:
     """The masks of pictures: of the same name, or of that and an ending no other picture has."""
     found = {}
+    for name, mask in masks.items():
+        of = name if name in images else re.sub(MASK_END, "", name)
+        if of in found:
+            both = f"{found[of]} and {mask}"
+            raise InputError(f"{images[of]}: has two masks, {both}; remove one")
+        if of in images:
+            found[of] = str(mask)
     for name, path in images.items():
-        ends = [end for end in MASK_ENDS if name + end in masks]
-        ends = [end for end in ends if not end or name + end not in images]
-        if len(ends) > 1:
-            both = " and ".join(str(masks[name + end]) for end in ends[:2])
-            raise InputError(f"{path}: has two masks, {both}; remove one")
-        if ends:
-            found[name] = str(masks[name + ends[0]])
-    for name, path in images.items():
-        stem = next((name.removesuffix(end) for end in MASK_ENDS[1:] if name.endswith(end)), name)
-        if stem != name and stem in images and path.suffix.lower() == ".png" and name not in found:
-            raise InputError(f"{path}: a mask among the pictures, of {images[stem]}; move it")
+        of = images.get(re.sub(MASK_END, "", name), path)
+        if of != path and path.suffix.lower() == ".png" and name not in found:
+            raise InputError(f"{path}: a mask among the pictures, of {of}; move it")
     return found
 
 
 def _left_over(root: Path, used: set[str]) -> list[str]:
     """What images/ and masks/ hold besides pictures and their masks; their test/ is left alone."""
-    pictures, masks, others = [], [], []
-    for kind in ("images", "masks"):
-        for path in walk(root / kind):
-            name = path.relative_to(root).as_posix()
-            if str(path) in used or name.startswith(f"{kind}/test/"):
-                continue
-            if path.suffix.lower() not in SUFFIXES or not path.is_file():
-                others.append(name)
-            else:
-                (pictures if kind == "images" else masks).append(name)
-    found = (
-        (pictures, "in neither train/ nor val/"),
-        (masks, "no picture of that name, or no .png"),
-        (others, "no picture"),
-    )
-    parts = [f"{shortened(names)} ({what})" for names, what in found if names]
-    count = len(pictures) + len(masks) + len(others)
-    return [f"files left over: {count}; {'; '.join(parts)}"] if count else []
+    paths = [path for kind in ("images", "masks") for path in walk(root / kind)]
+    names = [path.relative_to(root).as_posix() for path in paths if str(path) not in used]
+    names = [name for name in names if not name.startswith(("images/test/", "masks/test/"))]
+    what = "no pictures, in neither train/ nor val/, or masks without their picture or not .png"
+    return [f"files left over: {len(names)} ({shortened(names)}); {what}"] if names else []
 
 
 def shortened(names: list[str], most: int = 5) -> str:
@@ -232,7 +215,7 @@ def voc_layout(root: Path) -> Data:
         {name: _pair(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png") for name in names}
         for names, folder in ((train, masks), (val, root / "SegmentationClass"))
     ]
-    return _data(root, VOC_CLASSES, voc_colors(21), *splits)
+    return _data(root, VOC_CLASSES, voc_colors(21), splits)
 
 
 def cityscapes_layout(root: Path) -> Data:
@@ -253,7 +236,7 @@ def cityscapes_layout(root: Path) -> Data:
     lookup[[*range(34), 255]] = VOID
     lookup[list(CITYSCAPES)] = range(19)
     names, colors = zip(*CITYSCAPES.values(), strict=True)
-    return _data(root, list(names), list(colors), *splits, lookup)
+    return _data(root, list(names), list(colors), splits, lookup)
 
 
 def coco_layout(root: Path) -> Data:
@@ -270,7 +253,7 @@ def coco_layout(root: Path) -> Data:
         splits.append({n: (str(path), str(masks / f"{n}.png")) for n, path in images.items()})
     if classes[0] != classes[1]:
         raise InputError(f"{root / 'annotations'}: training and validation have other categories")
-    return _data(root, classes[0], voc_colors(len(classes[0])), *splits)
+    return _data(root, classes[0], voc_colors(len(classes[0])), splits)
 
 
 def _pair(image: Path, mask: Path) -> Pair:
@@ -278,19 +261,14 @@ def _pair(image: Path, mask: Path) -> Pair:
 
 
 def _data(
-    root: Path,
-    classes: list[str],
-    colors: list[Color],
-    train: dict[str, Pair],
-    val: dict[str, Pair],
-    lookup: np.ndarray | None = None,
+    root: Path, classes: list[str], colors: list[Color], splits: list[dict], lookup=None
 ) -> Data:
     """The dataset with its pictures sorted by id; without a lookup, masks hold classes and void."""
     if lookup is None:
         lookup = np.full(256, BAD, np.uint8)
         lookup[[*range(len(classes)), VOID]] = [*range(len(classes)), VOID]
-    train = {name: train[name] for name in sorted(train)}
-    return Data(root, classes, colors, train, [val[name] for name in sorted(val)], lookup)
+    train, val = (dict(sorted(split.items())) for split in splits)
+    return Data(root, classes, colors, train, list(val.values()), lookup)
 
 
 def walk(folder: Path) -> list[Path]:
@@ -298,21 +276,18 @@ def walk(folder: Path) -> list[Path]:
 
     Hidden are the "._name" files of macOS, too. A link to a folder that it lies in is not followed.
     """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be listed ({error}); move it") from error
+
     found = []
-
-    def enter(place: Path, above: tuple[str, ...]) -> None:
-        real = os.path.realpath(place)
-        if real in above:
-            return
-        try:
-            names = os.listdir(place)
-        except OSError as error:
-            raise InputError(f"{place}: cannot be listed ({error}); move it or allow it") from error
-        for path in (place / name for name in names if name[0] != "."):
-            enter(path, (*above, real)) if os.path.isdir(path) else found.append(path)
-
-    if folder.is_dir():
-        enter(folder, ())
+    if not folder.is_dir():
+        return found
+    for place, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        here = Path(place)
+        above = {os.path.realpath(part) for part in (here, *here.parents)}
+        below[:] = [n for n in below if n[0] != "." and os.path.realpath(here / n) not in above]
+        found += [here / name for name in names if name[0] != "."]
     return sorted(found)
 
 
@@ -372,19 +347,14 @@ def read_image(path: str) -> np.ndarray:
 def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
     """The same of an opened picture; the name is for the InputError of one that has no 8 bits."""
     _check_mode(name, image.mode)
-    with decoding(name, "picture"):
-        return _upright_rgb(image)
-
-
-def _upright_rgb(image: Image.Image) -> np.ndarray:
     # By hand, for ImageOps.exif_transpose also writes the EXIF data back, and damaged ones fail.
     try:
-        orientation = image.getexif().get(0x0112)
+        turn = TURNS.get(image.getexif().get(0x0112))
     except Exception:  # whatever Pillow's parser met
-        orientation = None
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        turn = None
+    with decoding(name, "picture"):
+        image = image if turn is None else image.transpose(turn)
+        return np.array(image.convert("RGB"))
 
 
 def _check_mode(path: str, mode: str) -> None:

@@ -1,7 +1,6 @@
 """COCO 2017: masks of classes, drawn once from the outlines of its instances, and image-level tags.
 
-All that is made lies beside the pictures, in SegmentationClass2017/: a folder of masks for each
-split, and a file with the classes that each picture shows.
+They lie beside the pictures: for each split a folder of masks, and a file of what pictures show.
 """
 
 import json
@@ -30,12 +29,6 @@ LARGEST = 2**27  # pixels of a picture: a mask of more is not begun
 FINE = 5  # outlines are drawn so many times as large: Pillow puts their corners on whole pixels
 
 
-class Picture(NamedTuple):
-    number: int  # COCO's id
-    name: str
-    size: tuple[int, int]  # height, width
-
-
 class Thing(NamedTuple):
     """An instance: its shape is outlines (x, y, x, y, ...) in pixels, or a run-length encoding."""
 
@@ -46,21 +39,12 @@ class Thing(NamedTuple):
     shape: list[array] | dict[str, Any]
 
 
-class Instances(NamedTuple):
-    """What an annotation file says, by a picture's name."""
-
-    classes: list[str]  # background, and the categories in the order of their ids
-    sizes: dict[str, tuple[int, int]]  # height, width
-    things: dict[str, list[Thing]]
-
-
 def make_masks(
     root: Path, split: str, names: list[str], write: Callable[[Path, np.ndarray], None]
 ) -> list[str]:
     """Have a mask of each of these pictures, by write(path, mask); the classes' names.
 
-    Those that are there are left as they are, so that a run that was stopped goes on. Several
-    processes draw different pictures, on one machine or more.
+    Those that are there stay, so that a stopped run goes on. Processes draw different pictures.
     """
 
     def make() -> list[str]:
@@ -103,14 +87,12 @@ def _make_masks(root: Path, split: str, names: list[str], write: Callable) -> li
             raise InputError(f"{source}: picture {name} has no shape ({reason})") from error
         write(path, mask)
 
-    first = int(os.environ.get("RANK", 0)) == 0
-    if first and left:
+    hidden = int(os.environ.get("RANK", 0)) > 0 or None
+    if left and not hidden:
         print(f"{folder}: {len(left)} masks are drawn, once", file=sys.stderr)
     random.Random().shuffle(left)  # in each process an order of its own
-    hidden = not first or None
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(draw_one, left), "drawing masks", len(left), disable=hidden):
-            pass
+        list(tqdm(pool.map(draw_one, left), "drawing masks", len(left), disable=hidden))
     return classes
 
 
@@ -133,9 +115,8 @@ def _summary(root: Path, split: str) -> dict[str, Any] | None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         same = summary["bytes"] == source.stat().st_size and _are_classes(summary["classes"])
-        rows = list(summary["shown"].values())
-        same = same and all(isinstance(row, list) for row in rows)
-        same = same and all(type(n) is int and 0 <= n < 256 for row in rows for n in row)
+        labels = [label for row in summary["shown"].values() for label in row]
+        same = same and all(type(label) is int and 0 <= label < 256 for label in labels)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         same = False
     if not same:
@@ -149,8 +130,11 @@ def _are_classes(names: Any) -> bool:
     return names_only and 2 <= len(set(names)) == len(names) <= 254
 
 
-def read_instances(path: Path) -> Instances:
-    """An annotation file; of its 450 MB no more is kept than the shapes, four bytes a number."""
+def read_instances(path: Path) -> tuple[list[str], dict[str, tuple], dict[str, list[Thing]]]:
+    """An annotation file's classes, and by picture its height and width and its instances.
+
+    Of its 450 MB no more is kept than the shapes, four bytes a number.
+    """
 
     def keep(item: dict[str, Any]) -> Any:
         if "segmentation" in item:
@@ -160,8 +144,7 @@ def read_instances(path: Path) -> Instances:
             crowd = bool(item.get("iscrowd", 0))
             return Thing(item["image_id"], item["category_id"], crowd, float(item["area"]), shape)
         if "file_name" in item:
-            size = item["height"], item["width"]
-            return Picture(item["id"], Path(item["file_name"]).stem, size)
+            return item["id"], Path(item["file_name"]).stem, (item["height"], item["width"])
         return item
 
     try:
@@ -170,8 +153,8 @@ def read_instances(path: Path) -> Instances:
         categories = sorted(content["categories"], key=lambda category: category["id"])
         classes = ["background", *(category["name"] for category in categories)]
         labels = {category["id"]: label for label, category in enumerate(categories, 1)}
-        sizes = {picture.name: picture.size for picture in content["images"]}
-        names = {picture.number: picture.name for picture in content["images"]}
+        sizes = {name: size for _, name, size in content["images"]}
+        names = {number: name for number, name, _ in content["images"]}
         things = defaultdict(list)
         for thing in content["annotations"]:
             things[names[thing.picture]].append(thing._replace(label=labels[thing.label]))
@@ -180,7 +163,7 @@ def read_instances(path: Path) -> Instances:
     except Exception as error:  # as many kinds as there are ways to be another file
         reason = " ".join(repr(error).split())
         raise InputError(f"{path}: not COCO's instances ({reason}); unpack it again") from error
-    return Instances(classes, sizes, things)
+    return classes, sizes, things
 
 
 # --- from shapes to a mask ---
@@ -205,9 +188,8 @@ def draw(size: tuple[int, int], things: list[Thing]) -> np.ndarray:
 
 def _paint(mask: np.ndarray, outlines: list[array], value: int) -> None:
     """Set a mask's pixels whose centres are within one of the outlines."""
-    # Two points or fewer enclose nothing.
     parts = [np.reshape(outline, (-1, 2)) for outline in outlines if len(outline) >= 6]
-    if not parts:
+    if not parts:  # two points or fewer enclose nothing
         return
     points, end = np.concatenate(parts), np.array(mask.shape)[::-1]
     first = np.floor(points.min(axis=0)).astype(int).clip(0, end)

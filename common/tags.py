@@ -38,7 +38,7 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
         shown = {name: _read_xml(found, name) for name in names}
     elif dataset == "coco":
         read = coco.read_tags(found.root)
-        shown = {name: set(found.lookup[read.get(name, [])].tolist()) - {0} for name in names}
+        shown = {name: {int(found.lookup[k]) for k in read.get(name, [])} - {0} for name in names}
     else:
         with ThreadPoolExecutor() as pool:
             sets = pool.map(lambda name: _classes_in_mask(found, name), names)

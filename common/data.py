@@ -8,7 +8,7 @@ unlabelled, validation. There are `shapes` (drawn, no files), `folder`, `voc`, `
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -55,40 +55,24 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
             need_folder(data.root / "masks" / "train")
         reasons = "".join(f"; {note}" for note in data.notes)
         raise InputError(f"{data.root}: no training picture has a mask; add some{reasons}")
-    chosen = _choose_labeled(labeled, data.train, data.root, seed, unique)
-    for image in sorted(same_files(data.val, chosen).values()):
-        raise InputError(f"--labeled {labeled}: names the validation picture {image}; leave it out")
-    others = _choose_unlabeled(unlabeled, data.train, data.root, chosen, unique)
+    chosen = _choose_labeled(labeled, data, seed, unique)
+    others = _choose_unlabeled(unlabeled, data, chosen, unique)
     for flag, path, pairs in (("--labeled", labeled, chosen), ("--unlabeled", unlabeled, others)):
-        files = [file for pair in pairs for file in pair if file] if os.path.isfile(path) else []
-        top = os.path.abspath(data.root)
-        files = [file for file in files if not Path(os.path.abspath(file)).is_relative_to(top)]
-        if files:
-            also = f" and {len(files) - 1} more" * (len(files) > 1)
-            data.notes.append(f"{flag} {path}: names files outside {data.root}: {files[0]}{also}")
-    seen = same_files(data.val, others)
-    if seen:
-        (image, _), other = others[min(seen)], seen[min(seen)]
-        if not os.path.isdir(unlabeled):
-            raise InputError(
-                f"--unlabeled {unlabeled}: names the validation picture {other}"
-                + f", as {image}" * (image != other)
-                + "; leave it out"
-            )
-        # Of a folder of all pictures the others are meant.
-        others = [pair for index, pair in enumerate(others) if index not in seen]
-        if not others:
-            raise InputError(
-                f"--unlabeled {unlabeled}: holds validation pictures alone; name others"
-            )
-        data.notes.append(
-            f"--unlabeled {unlabeled}: {len(seen)} validation pictures left out, such as {image}"
-        )
+        seen = same_files(data.val, pairs)
+        if seen and os.path.isdir(path):  # of a folder of all pictures the others are meant
+            others = [pair for pair in others if pair[0] not in seen]
+            left_out = shortened(list(seen), 1)
+            data.notes.append(f"{flag} {path}: validation pictures left out: {left_out}")
+        elif seen:
+            first = next(iter(seen))
+            raise InputError(f"{flag} {path}: names the validation picture {first}; leave it out")
+    if not others:
+        raise InputError(f"--unlabeled {unlabeled}: holds no picture but validation's; name others")
     return replace(data, labeled=chosen, unlabeled=others)
 
 
-def same_files(first: Sequence[Pair], second: Sequence[Pair]) -> dict[int, str]:
-    """Which of the second list's pictures, by index, are files of the first; links are followed."""
+def same_files(first: Iterable[Pair], second: Iterable[Pair]) -> dict[str, str]:
+    """Which of the second list's pictures are which files of the first; links are followed."""
 
     def file(path: str) -> object:
         try:
@@ -98,8 +82,8 @@ def same_files(first: Sequence[Pair], second: Sequence[Pair]) -> dict[int, str]:
         return status.st_dev, status.st_ino
 
     known = {file(image): image for image, _ in first}
-    found = ((index, known.get(file(image))) for index, (image, _) in enumerate(second))
-    return {index: image for index, image in found if image is not None}
+    found = {image: known.get(file(image)) for image, _ in second}
+    return {image: same for image, same in found.items() if same is not None}
 
 
 def layout(dataset: str, data_path: str, scored: bool = True) -> Data:
@@ -123,31 +107,28 @@ def layout(dataset: str, data_path: str, scored: bool = True) -> Data:
             raise InputError(
                 f"{found.root}: holds no {kind} picture in the layout of --dataset {dataset}"
             )
-    train = list(found.train.values())
-    for index, val in same_files(found.val, train).items():
-        raise InputError(f"{train[index][0]}: is the validation picture {val}; remove one of them")
+    for image, val in same_files(found.val, found.train.values()).items():
+        raise InputError(f"{image}: is the validation picture {val}; remove one of them")
     for image, mask in found.val:
         if mask is None:
             raise InputError(f"{image}: validation picture without a mask; add the mask")
     return found
 
 
-def _choose_labeled(
-    labeled: str, train: dict[str, Pair], root: Path, seed: int, unique: bool = False
-) -> list[Pair]:
-    names = list(train)
+def _choose_labeled(labeled: str, data: Data, seed: int, unique: bool) -> list[Pair]:
+    train = list(data.train.values())
     if labeled == "all":
-        return [train[name] for name in names if train[name][1] is not None]
+        return [pair for pair in train if pair[1] is not None]
     if found := re.fullmatch(r"(1/)?(\d{1,9})", labeled):
         share, number = "r " * bool(found[1]), int(found[2])
-        if not 1 <= number <= len(names):
-            limits = f"1 to {len(names)}, the number of training pictures"
+        if not 1 <= number <= len(train):
+            limits = f"1 to {len(train)}, the number of training pictures"
             raise InputError(f"--labeled {labeled}: {share}must be {limits}")
-        order = np.random.default_rng(seed).permutation(len(names))
-        indices = range(0, len(names), number) if share else sorted(order[:number])
-        pairs = [train[names[index]] for index in indices]
+        order = np.random.default_rng(seed).permutation(len(train))
+        indices = range(0, len(train), number) if share else sorted(order[:number])
+        pairs = [train[index] for index in indices]
     elif os.path.isfile(labeled):
-        pairs = _read_list("--labeled", labeled, train, root, unique)
+        pairs = _read_list("--labeled", labeled, data, unique)
     else:
         raise InputError(
             f"--labeled {labeled}: neither 1/r, a count, all, nor an existing list file"
@@ -158,20 +139,15 @@ def _choose_labeled(
     return pairs
 
 
-def _choose_unlabeled(
-    unlabeled: str, train: dict[str, Pair], root: Path, labeled: list[Pair], unique: bool
-) -> list[Pair]:
+def _choose_unlabeled(unlabeled: str, data: Data, labeled: list[Pair], unique: bool) -> list[Pair]:
     if not unlabeled:
         known = {image for image, _ in labeled}
-        images = [image for image, _ in train.values()]
+        images = [image for image, _ in data.train.values()]
         images = [image for image in images if image not in known] or images
     elif os.path.isdir(unlabeled):
         images = [str(path) for path in find_pictures(Path(unlabeled)).values()]
-        if not images:
-            raise InputError(f"--unlabeled {unlabeled}: holds no picture")
     elif os.path.isfile(unlabeled):
-        pairs = _read_list("--unlabeled", unlabeled, train, root, unique)
-        images = [image for image, _ in pairs]
+        images = [image for image, _ in _read_list("--unlabeled", unlabeled, data, unique)]
     else:
         raise InputError(f"--unlabeled {unlabeled}: no such list file or folder")
     return [(image, None) for image in images]
@@ -183,9 +159,7 @@ RELEASED = "SegmentationClass SegmentationClassAug gtFine segmentation annotatio
 TRAIN_IDS = ("_labelTrainIds.png", "_gtFine.png")
 
 
-def _read_list(
-    flag: str, path: str, train: dict[str, Pair], root: Path, unique: bool
-) -> list[Pair]:
+def _read_list(flag: str, path: str, data: Data, unique: bool) -> list[Pair]:
     """The pairs that a file lists: a line is a training id, a picture, or a picture and its mask.
 
     Paths are relative to the root; a picture alone has the mask that the dataset has for it.
@@ -193,10 +167,9 @@ def _read_list(
     the path leads nowhere, and has the dataset's own mask where that of a released list is missing
     or holds trainIds.
     """
+    root, train = data.root, data.train
     known, pairs = dict(train.values()), {}  # masks by picture
-    named: dict[str, list[str]] = {}  # training ids by name
-    for name in train if unique else ():
-        named.setdefault(short_name(name), []).append(name)
+    named = {short_name(name): pair[0] for name, pair in train.items() if unique}
     for number, line in read_numbered(Path(path)):
         if line in train:
             pairs.update([train[line]])
@@ -208,11 +181,7 @@ def _read_list(
         words = [word.strip().lstrip("/") for word in words]
         image, *masks = (str(root / word) for word in words)
         masks = masks if flag == "--labeled" else []  # no mask of an unlabelled picture is needed
-        ids = [] if os.path.isfile(image) else named.get(short_name(image), [])
-        if len(ids) > 1:
-            raise InputError(f"{where} may be {' or '.join(ids)}; write the id")
-        if ids:
-            image = train[ids[0]][0]
+        image = image if os.path.isfile(image) else named.get(short_name(image), image)
         mask = masks[0] if masks else known.get(image)
         if unique and masks:
             released = words[1].split("/")[0] in RELEASED
@@ -235,6 +204,11 @@ def _read_list(
             raise InputError(f"{where} gives {image} two masks, {pairs[image]} and {mask}")
     if not pairs:
         raise InputError(f"{flag} {path}: lists no picture")
+    files = [file for pair in pairs.items() for file in pair if file]
+    top = os.path.abspath(root)
+    out = [file for file in files if not Path(os.path.abspath(file)).is_relative_to(top)]
+    if out:
+        data.notes.append(f"{flag} {path}: names files outside {root}: {shortened(out, 1)}")
     return sorted(pairs.items())
 
 

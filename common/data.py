@@ -184,10 +184,10 @@ def _read_list(flag: str, path: str, data: Data, unique: bool) -> list[Pair]:
         image = image if os.path.isfile(image) else named.get(short_name(image), image)
         mask = masks[0] if masks else known.get(image)
         if unique and masks:
-            released = words[1].split("/")[0] in RELEASED
-            if image in known and short_name(mask) == short_name(image):
-                if mask.endswith(TRAIN_IDS) or (released and not os.path.isfile(mask)):
-                    mask = known[image]
+            gone = words[1].split("/")[0] in RELEASED and not os.path.isfile(mask)
+            own = image in known and short_name(mask) == short_name(image)
+            if own and (gone or mask.endswith(TRAIN_IDS)):
+                mask = known[image]
             elif mask.endswith(TRAIN_IDS):
                 raise InputError(
                     f"{where} names a mask of trainIds, but labelIds are read; list the picture "
@@ -225,11 +225,9 @@ def check(
     """Decode every labelled and validation picture, and its mask, once, before the first step.
 
     Returns pixel counts (2, K + 1) int64: of the labelled pictures' classes and of the validation
-    pictures', void last. Raises InputError for an unreadable file, a mask of another size than its
-    picture, a mask value that is no class, and a picture under 32 pixels that is predicted whole:
-    in validation, and in training where there are tags. The files are shared out over the
-    processes, and all of them raise. Fills `data.files`, by path below the root: a hash of each
-    such file's content, and "" for an unlabelled picture.
+    pictures', void last. Raises InputError, in all processes, for what cannot be trained on or
+    scored. Fills `data.files`, by path below the root: a hash of each such file's content, and ""
+    for an unlabelled picture.
 
     unlabeled: "headers" reads of unlabelled pictures no more than that, "full" decodes them,
     "unused" reads nothing. fits(path, height, width) may refuse a training picture.
@@ -323,21 +321,28 @@ def describe(data: Data, counts: np.ndarray) -> str:
 
     Raises InputError where training or evaluation would have nothing to go by.
     """
-    *_, void = counts.T
-    known = counts[:, :-1]
     learns = data.tags is None  # of tags: the masks of training pictures are for scores alone
-    for row, name in ((0, "labelled"), (1, "validation")):
-        shown = np.flatnonzero(known[row])
-        if (not learns and (row == 0 or not data.val)) or len(shown) > 1 or len(data.classes) == 1:
+    rows = (
+        ("labelled", learns, "never learned"),
+        ("validation", bool(data.val), "IoU 0 where predicted, else none"),
+    )
+    absent = []
+    for (kind, needed, so), (*known, void) in zip(rows, counts, strict=True):
+        shown = np.flatnonzero(known)
+        if not needed:
             continue
         if not len(shown):
             raise InputError(
-                f"{data.root}: no {name} pixel has a class, all masks are void (255 throughout)"
+                f"{data.root}: no {kind} pixel has a class, all masks are void (255 throughout)"
             )
-        advice = "; 255 is void: write 1 where the object is" * bool(void[row])
-        if row == 0 or (advice and shown[0] == 0):  # a small validation set may show one class
-            only = f"{data.root}: the {name} masks show class {shown[0]} alone"
+        advice = "; 255 is void: write 1 where the object is" * bool(void)
+        # A small validation set may show one class.
+        if len(shown) == 1 and (kind == "labelled" or (void and shown[0] == 0)):
+            only = f"{data.root}: the {kind} masks show class {shown[0]} alone"
             raise InputError(f"{only} of {len(data.classes)}{advice}")
+        unseen = [name for name, count in zip(data.classes, known, strict=True) if not count]
+        if unseen:
+            absent.append(f"no {kind} pixel shows {', '.join(unseen)}: {so}")
     if not counts.any():
         return "no masks: nothing is scored"
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -345,9 +350,4 @@ def describe(data: Data, counts: np.ndarray) -> str:
     lines = [f"{'% of pixels':{width}}  labelled  validation"]
     for name, (labeled, val) in zip([*data.classes, "void"], shares.T, strict=True):
         lines.append(f"{name:{width}}  {labeled:8.2f}  {val:10.2f}")
-    rows = ("labelled", "never learned"), ("validation", "IoU 0 where predicted, else none")
-    for (kind, so), row, told in zip(rows, known, (learns, bool(data.val)), strict=True):
-        unseen = [name for name, count in zip(data.classes, row, strict=True) if not count]
-        if told and unseen:
-            lines.append(f"no {kind} pixel shows {', '.join(unseen)}: {so}")
-    return "\n".join(lines)
+    return "\n".join(lines + absent)

@@ -1,6 +1,6 @@
 """Loaders whose batches depend on seed and step alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -24,8 +24,7 @@ class Draws(Dataset):
     as long as the list is no shorter than the batch.
 
     spare: an item that cannot be read is marked in `broken` (N,), in the memory of all loader
-    processes, and gives way to another one, which depends on the draw and the items alone. If not,
-    it is a LoneError.
+    processes, and gives way to another one; otherwise it is a LoneError.
     """
 
     def __init__(
@@ -52,31 +51,29 @@ class Draws(Dataset):
             self.order = epoch, rng.permutation(len(self.items))
         return int(self.order[1][position])
 
-    def others(self, draw: int) -> list[int]:
-        """What to take instead, first choice first: items that the global batch has not."""
+    def choices(self, draw: int) -> Iterator[int]:
+        """A draw's item, and what to take instead: items that the global batch has not."""
         batch, place = divmod(draw, self.batch)
-        start, index = batch * self.batch, self.index(draw)
-        taken = {self.index(start + position) for position in range(self.batch)}
+        index = self.index(draw)
+        yield index
+        taken = {self.index(batch * self.batch + position) for position in range(self.batch)}
         order = np.random.default_rng([*self.seed, 2, batch]).permutation(len(self.items)).tolist()
         free = [item for item in order if item not in taken] or [i for i in order if i != index]
         # The first choices of a batch's draws differ. Where so many fail, the disk is gone.
-        return (free[place :: self.batch] + free)[:100]
+        yield from (free[place :: self.batch] + free)[:100]
 
     def tensors(self, draw: int) -> tuple[Tensor, ...]:
-        """What `read` gives of the draw's item, or of another one."""
-        index = self.index(draw)
-        try:
-            return self.read(self.items[index])
-        except InputError as error:
-            if self.broken is None:
-                raise LoneError(error) from error
-            self.broken[index] = True
-            for other in self.others(draw):
-                try:
-                    return self.read(self.items[other])
-                except InputError:
-                    self.broken[other] = True
-            raise LoneError(f"{error}, and so with all that were tried instead") from error
+        """What `read` gives of the first of the choices that can be read."""
+        first = None
+        for index in self.choices(draw):
+            try:
+                return self.read(self.items[index])
+            except InputError as error:
+                if self.broken is None:
+                    raise LoneError(error) from error
+                self.broken[index] = True
+                first = first or error
+        raise LoneError(f"{first}, and so with all that were tried instead") from first
 
     def __getitem__(self, draw: int) -> tuple[Tensor, ...]:
         tensors = self.tensors(draw)
@@ -118,23 +115,22 @@ def training_loader(
     batch_size: int,
     numbers: range,
     seed: int = 0,
-    rank: int = 0,
     world: int = 1,
-    workers: int = 0,
-    pin_memory: bool = False,
+    **share: int,
 ) -> DataLoader:
     """The batches of views of these numbers; split is "labeled" or "unlabeled".
 
     What a batch holds depends on seed, number and the position in the global batch of
     world x batch_size pictures alone: not on the number of workers or processes, nor on where
-    `numbers` begin, so that a resumed run sees what an uninterrupted one sees.
+    `numbers` begin, so that a resumed run sees what an uninterrupted one sees. share: `rank`,
+    `workers` and `pin_memory` of `draws_loader`.
     """
     stream = ("labeled", "unlabeled").index(split)
     read = partial(read_pair, lookup=data.lookup)
     # An unlabelled picture is not decoded before it is drawn; one that is broken is skipped.
-    pairs, spare = getattr(data, split), split == "unlabeled"
-    draws = Draws(pairs, read, view, (seed, stream), batch_size * world, spare)
-    return draws_loader(draws, batch_size, numbers, rank, world, workers, pin_memory)
+    spare = split == "unlabeled"
+    draws = Draws(getattr(data, split), read, view, (seed, stream), batch_size * world, spare)
+    return draws_loader(draws, batch_size, numbers, world=world, **share)
 
 
 def draws_loader(
@@ -147,19 +143,9 @@ def draws_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """This process's share of the draws, in the batches of these numbers."""
-    whole = batch_size * world
-    batches = [
-        [number * whole + rank * batch_size + position for position in range(batch_size)]
-        for number in numbers
-    ]
-    return DataLoader(
-        draws,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # the loader's own draws leave torch's generator alone
-        worker_init_fn=outlive_signals,
-    )
+    starts = [(number * world + rank) * batch_size for number in numbers]
+    batches = [range(start, start + batch_size) for start in starts]
+    return batch_loader(draws, batches, workers, pin_memory)
 
 
 def val_loader(
@@ -177,12 +163,18 @@ def val_loader(
     """
     pairs = data.val[rank::world]
     sizes = {index: read_header(mask) for index, (_, mask) in enumerate(pairs)}
+    pictures = Pictures(pairs, data.lookup, view)
+    return batch_loader(pictures, of_one_size(sizes, pixels), workers, pin_memory)
+
+
+def batch_loader(dataset: Dataset, batches: Sequence, workers: int, pin_memory: bool) -> DataLoader:
+    """A loader of these batches, each a list of a dataset's indices."""
     return DataLoader(
-        Pictures(pairs, data.lookup, view),
-        batch_sampler=of_one_size(sizes, pixels),
+        dataset,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # the loader's own draws leave torch's generator alone
         worker_init_fn=outlive_signals,
     )
 

@@ -15,22 +15,24 @@ from common.bars import tqdm
 from common.flags import InputError, one_line
 from common.layouts import VOC_CLASSES, VOID, read_lines, read_mask, voc_root, write_mask
 
-PLACES = ("benchmark_RELEASE/dataset/cls", "dataset/cls", "cls", ".")  # of the .mat files
 
-
-def segmentation(content: dict) -> np.ndarray:
-    """The classes (H, W) uint8, by what SciPy reads of a file of cls/."""
-    mask = np.asarray(content["GTcls"]["Segmentation"][0, 0])
-    if mask.ndim != 2 or not ((mask < len(VOC_CLASSES)) | (mask == VOID)).all():
-        raise ValueError("no mask of 21 classes")
-    return mask.astype(np.uint8)
+def segmentation(path: Path, load: Callable[[str], dict]) -> np.ndarray:
+    """The classes (H, W) uint8 in a file of cls/."""
+    try:
+        mask = np.asarray(load(str(path))["GTcls"]["Segmentation"][0, 0])
+        if mask.ndim != 2 or not ((mask < len(VOC_CLASSES)) | (mask == VOID)).all():
+            raise ValueError("no mask of 21 classes")
+        return mask.astype(np.uint8)
+    except Exception as error:  # SciPy raises a dozen kinds for a file it cannot read
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not one of SBD's masks ({reason}); unpack it again") from error
 
 
 def convert(sbd: Path, voc: Path, load: Callable[[str], dict]) -> Path:
     """Write the masks that are not there yet; their folder. load: what a .mat file holds."""
-    found = next((files for p in PLACES if (files := sorted((sbd / p).glob("*.mat")))), None)
-    if found is None:
-        raise InputError(f"{sbd}: holds no {PLACES[0]}/*.mat; name the folder of benchmark.tgz")
+    found = sorted(sbd.glob("**/cls/*.mat")) or sorted(sbd.glob("*.mat"))
+    if not found:
+        raise InputError(f"{sbd}: holds no cls/*.mat; name the folder of benchmark.tgz")
     root = voc_root(voc)
     own, lists = root / "SegmentationClass", root / "ImageSets" / "Segmentation"
     sources = {name: own / f"{name}.png" for name in read_lines(lists / "train.txt")}
@@ -39,13 +41,13 @@ def convert(sbd: Path, voc: Path, load: Callable[[str], dict]) -> Path:
         if path.stem not in val and not (own / f"{path.stem}.png").is_file():
             sources[path.stem] = path
     # Filled under another name: with a part of the masks, --dataset voc would train on that part.
-    folder, work = root / "SegmentationClassAug", root / "SegmentationClassAug.part"
-    work = folder if folder.is_dir() else work
+    folder = root / "SegmentationClassAug"
+    work = folder if folder.is_dir() else folder.with_suffix(".part")
     try:
         work.mkdir(exist_ok=True)
         for name, path in tqdm(sources.items(), "masks", disable=None):
             if not (work / f"{name}.png").is_file():
-                mask = _read_mat(path, load) if path.suffix == ".mat" else read_mask(str(path))
+                mask = segmentation(path, load) if path.suffix == ".mat" else read_mask(str(path))
                 write_mask(work / f"{name}.png", mask)
         if work != folder:
             work.rename(folder)
@@ -53,14 +55,6 @@ def convert(sbd: Path, voc: Path, load: Callable[[str], dict]) -> Path:
         raise InputError(f"{work}: cannot be written ({error})") from error
     print(f"{folder}: {len(sources)} training masks")
     return folder
-
-
-def _read_mat(path: Path, load: Callable[[str], dict]) -> np.ndarray:
-    try:
-        return segmentation(load(str(path)))
-    except Exception as error:  # SciPy raises a dozen kinds for a file it cannot read
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not one of SBD's masks ({reason}); unpack it again") from error
 
 
 def main(words: list[str]) -> None:

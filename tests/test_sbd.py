@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,17 +91,17 @@ def test_a_stopped_conversion_goes_on_and_is_no_dataset_before(voc, source):
     "mask", [np.full((48, 64), 21), np.full(64, 1), np.zeros((2, 2, 3)), None], ids=str
 )
 def test_what_is_no_mask_is_refused(mask):
-    with pytest.raises((ValueError, TypeError)):
-        sbd.segmentation({"GTcls": structure(mask)})
+    with pytest.raises(InputError, match="^a.mat: not one of SBD's masks"):
+        sbd.segmentation(Path("a.mat"), lambda _: {"GTcls": structure(mask)})
 
 
 def test_void_is_kept():
     mask = np.array([[0, 20, 255]], np.uint8)
-    assert (sbd.segmentation({"GTcls": structure(mask)}) == mask).all()
+    assert (sbd.segmentation(Path("a.mat"), lambda _: {"GTcls": structure(mask)}) == mask).all()
 
 
 def test_missing_folders_are_named(voc, source, tmp_path):
-    with pytest.raises(InputError, match="holds no benchmark_RELEASE/dataset/cls/"):
+    with pytest.raises(InputError, match="holds no cls/"):
         sbd.convert(voc, voc, load_saved)
     with pytest.raises(InputError, match="JPEGImages: missing; name the folder of VOC2012"):
         sbd.convert(source, tmp_path / "sbd", load_saved)

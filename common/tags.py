@@ -21,14 +21,12 @@ BACKGROUNDS = ("background", "_background_", "ground")  # names of a class 0 tha
 def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
     """List a dataset's files and the tags of its training pictures; class 0 is background.
 
-    `labeled` holds all pictures to train on, those of `train`; their masks are for scoring alone.
-
     background: class names, separated by commas, that are merged into class 0; needed where class
     0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id,
     with or without suffix, and its class names, a line each; commas or tabs where names hold
-    blanks; what follows a # is a comment), else from VOC's Annotations/ or COCO's instances, else
-    from the classes in the masks. Pictures that show background alone are left out. There may be no
-    validation masks: then `val` is empty. Raises InputError that names the file or flag.
+    blanks; # begins a line of comment), else from VOC's Annotations/ or COCO's instances, else from
+    the classes in the masks. Pictures that show background alone are left out; the masks of the
+    others, `labeled`, are for scoring alone. There may be no validation masks: then `val` is empty.
     """
     found = merge_background(layout(dataset, data_path, scored=False), background)
     names, listed = list(found.train), found.root / "tags.txt"
@@ -44,8 +42,6 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
             sets = pool.map(lambda name: _classes_in_mask(found, name), names)
         shown = dict(zip(names, sets, strict=True))
     shown = {name: classes for name, classes in shown.items() if classes}
-    if not shown:
-        raise InputError(f"{found.root}: no training picture shows any class but the background")
     for index, name in enumerate(found.classes[1:], 1):
         if not any(index in classes for classes in shown.values()):
             raise InputError(f"{found.root}: no training picture shows the class {name}")
@@ -93,19 +89,14 @@ def _read_tags(path: Path, found: Data) -> dict[str, set[int]]:
     files = {name + Path(image).suffix: name for name, (image, _) in found.train.items()}
     shown = {}
     for number, line in read_numbered(path):
-        start = re.split(r"[\s,]", line)[0]
-        if line[0] == "#" and files.get(start, start) not in found.train:
+        if line[0] == "#":
             continue
-        line = re.split(r"\s#(?:\s|$)", line)[0].rstrip()  # a comment behind the classes
         where = f"{path}: line {number}"
         separator = "\t" if "\t" in line else "," if "," in line else None
         first, *classes = (word.strip() for word in line.split(separator))
-        if separator == "," and files.get(first, first) not in found.train and " " in first:
-            first, *rest = first.split(None, 1)  # a blank, and commas between classes alone
-            classes = rest + classes
         name = files.get(first, first)
         if name not in found.train:
-            raise InputError(f"{where} lists {first}, which is no training picture; leave it out")
+            raise InputError(f"{where}: {first} is no training picture; write PICTURE, CLASS, ...")
         if not classes:
             raise InputError(f"{where}: {first} has no tag; name its classes or leave it out")
         for tag in classes:

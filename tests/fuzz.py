@@ -557,7 +557,7 @@ def folder_tree(root: Path) -> None:
 
 def tags_tree(root: Path) -> None:
     trees.folder_tree(root, train=4, val=2, classes=("background", "cat", "sea lion"))
-    (root / "tags.txt").write_text("000 cat\n001.jpg\tcat\tsea lion\n002, cat, sea lion  # two\n")
+    (root / "tags.txt").write_text("000 cat\n001.jpg\tcat\tsea lion\n002, cat, sea lion\n# two\n")
 
 
 def voc_tree(root: Path) -> None:

@@ -53,11 +53,6 @@ def draw(name: str) -> tuple[np.ndarray, np.ndarray]:
     return (picture.clip(0, 1) * 255).round().astype(np.uint8), mask
 
 
-def tags(name: str) -> list[int]:
-    """The classes an id's picture shows, ground left out: what image-level supervision knows."""
-    return [int(k) for k in np.unique(draw(name)[1]) if k]
-
-
 def _ground(rng: np.random.Generator) -> np.ndarray:
     """Smooth noise of three scales between two random muted colours, (64, 64, 3) in [0, 1]."""
     noise = np.zeros((SIZE, SIZE))

@@ -116,46 +116,32 @@ def training_loader(
     numbers: range,
     seed: int = 0,
     world: int = 1,
-    **share: int,
+    **loading: int,
 ) -> DataLoader:
     """The batches of views of these numbers; split is "labeled" or "unlabeled".
 
     What a batch holds depends on seed, number and the position in the global batch of
     world x batch_size pictures alone: not on the number of workers or processes, nor on where
-    `numbers` begin, so that a resumed run sees what an uninterrupted one sees. share: `rank`,
-    `workers` and `pin_memory` of `draws_loader`.
+    `numbers` begin, so that a resumed run sees what an uninterrupted one sees. loading: rank,
+    workers, pin_memory.
     """
-    stream = ("labeled", "unlabeled").index(split)
     read = partial(read_pair, lookup=data.lookup)
-    # An unlabelled picture is not decoded before it is drawn; one that is broken is skipped.
-    spare = split == "unlabeled"
-    draws = Draws(getattr(data, split), read, view, (seed, stream), batch_size * world, spare)
-    return draws_loader(draws, batch_size, numbers, world=world, **share)
+    spare = split == "unlabeled"  # not decoded before they are drawn; a broken one is skipped
+    draws = Draws(getattr(data, split), read, view, (seed, int(spare)), batch_size * world, spare)
+    return draws_loader(draws, batch_size, numbers, world=world, **loading)
 
 
 def draws_loader(
-    draws: Draws,
-    batch_size: int,
-    numbers: range,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    pin_memory: bool = False,
+    draws: Draws, batch_size: int, numbers: range, rank: int = 0, world: int = 1, **loading: int
 ) -> DataLoader:
     """This process's share of the draws, in the batches of these numbers."""
     starts = [(number * world + rank) * batch_size for number in numbers]
     batches = [range(start, start + batch_size) for start in starts]
-    return batch_loader(draws, batches, workers, pin_memory)
+    return batch_loader(draws, batches, **loading)
 
 
 def val_loader(
-    data: Data,
-    view: View,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    pin_memory: bool = False,
-    pixels: int = 2**16,
+    data: Data, view: View, rank: int = 0, world: int = 1, pixels: int = 2**16, **loading: int
 ) -> DataLoader:
     """The validation pictures; each process has every world-th, none comes twice.
 
@@ -164,10 +150,12 @@ def val_loader(
     pairs = data.val[rank::world]
     sizes = {index: read_header(mask) for index, (_, mask) in enumerate(pairs)}
     pictures = Pictures(pairs, data.lookup, view)
-    return batch_loader(pictures, of_one_size(sizes, pixels), workers, pin_memory)
+    return batch_loader(pictures, of_one_size(sizes, pixels), **loading)
 
 
-def batch_loader(dataset: Dataset, batches: Sequence, workers: int, pin_memory: bool) -> DataLoader:
+def batch_loader(
+    dataset: Dataset, batches: Sequence, workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
     """A loader of these batches, each a list of a dataset's indices."""
     return DataLoader(
         dataset,

@@ -120,12 +120,13 @@ def _choose_labeled(labeled: str, data: Data, seed: int, unique: bool) -> list[P
     if labeled == "all":
         return [pair for pair in train if pair[1] is not None]
     if found := re.fullmatch(r"(1/)?(\d{1,9})", labeled):
-        share, number = "r " * bool(found[1]), int(found[2])
-        if not 1 <= number <= len(train):
-            limits = f"1 to {len(train)}, the number of training pictures"
-            raise InputError(f"--labeled {labeled}: {share}must be {limits}")
-        order = np.random.default_rng(seed).permutation(len(train))
-        indices = range(0, len(train), number) if share else sorted(order[:number])
+        number, count = int(found[2]), len(train)
+        if not 1 <= number <= count:
+            raise InputError(
+                f"--labeled {labeled}: {number} must be 1 to {count} (training pictures)"
+            )
+        order = np.random.default_rng(seed).permutation(count)
+        indices = range(0, count, number) if found[1] else sorted(order[:number])
         pairs = [train[index] for index in indices]
     elif os.path.isfile(labeled):
         pairs = _read_list("--labeled", labeled, data, unique)

@@ -122,9 +122,7 @@ def _choose_labeled(labeled: str, data: Data, seed: int, unique: bool) -> list[P
     if found := re.fullmatch(r"(1/)?(\d{1,9})", labeled):
         number, count = int(found[2]), len(train)
         if not 1 <= number <= count:
-            raise InputError(
-                f"--labeled {labeled}: {number} must be 1 to {count} (training pictures)"
-            )
+            raise InputError(f"--labeled {labeled}: must be 1 to {count} (training pictures)")
         order = np.random.default_rng(seed).permutation(count)
         indices = range(0, count, number) if found[1] else sorted(order[:number])
         pairs = [train[index] for index in indices]

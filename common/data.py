@@ -104,9 +104,7 @@ def layout(dataset: str, data_path: str, scored: bool = True) -> Data:
         need_folder(found.root / "masks" / "val")
     for pairs, kind in ((found.train, "training"), (found.val, "validation")):
         if not pairs and (scored or kind == "training"):
-            raise InputError(
-                f"{found.root}: holds no {kind} picture in the layout of --dataset {dataset}"
-            )
+            raise InputError(f"{found.root}: no {kind} picture where --dataset {dataset} has them")
     for image, val in same_files(found.val, found.train.values()).items():
         raise InputError(f"{image}: is the validation picture {val}; remove one of them")
     for image, mask in found.val:
@@ -129,9 +127,7 @@ def _choose_labeled(labeled: str, data: Data, seed: int, unique: bool) -> list[P
     elif os.path.isfile(labeled):
         pairs = _read_list("--labeled", labeled, data, unique)
     else:
-        raise InputError(
-            f"--labeled {labeled}: neither 1/r, a count, all, nor an existing list file"
-        )
+        raise InputError(f"--labeled {labeled}: neither 1/r, a count, all, nor a list file")
     for image, mask in pairs:
         if mask is None:
             raise InputError(f"{image}: chosen by --labeled {labeled} but has no mask")
@@ -188,10 +184,7 @@ def _read_list(flag: str, path: str, data: Data, unique: bool) -> list[Pair]:
             if own and (gone or mask.endswith(TRAIN_IDS)):
                 mask = known[image]
             elif mask.endswith(TRAIN_IDS):
-                raise InputError(
-                    f"{where} names a mask of trainIds, but labelIds are read; list the picture "
-                    "alone"
-                )
+                raise InputError(f"{where} has trainIds, labelIds are read; list the picture alone")
         needed = [image, mask] if masks and mask else [image]
         missing = [file for file in needed if not os.path.isfile(file)]
         if missing or len(words) > 2:
@@ -234,14 +227,14 @@ def check(
     splits = [set(data.labeled), set(data.val)]
     every = sorted(splits[0] | splits[1])
     pairs = every[rank::world]
-    predicted = {image for image, _ in (data.val if data.tags is None else data.val + data.labeled)}
     classes = len(data.classes)
 
     def check_pair(pair: Pair) -> tuple[np.ndarray, list[int]]:
         image = read_image(pair[0])
         if pair in splits[0]:
             fits(pair[0], *image.shape[:2])
-        if pair[0] in predicted and min(image.shape[:2]) < 32:
+        whole = pair in splits[1] or data.tags is not None
+        if whole and min(image.shape[:2]) < 32:
             raise InputError(f"{pair[0]}: is under 32 x 32 pixels, too small to be predicted")
         if pair[1] is None:
             return np.zeros(classes + 1, np.int64), [_hash(pair[0]), 0]
@@ -331,9 +324,7 @@ def describe(data: Data, counts: np.ndarray) -> str:
         if not needed:
             continue
         if not len(shown):
-            raise InputError(
-                f"{data.root}: no {kind} pixel has a class, all masks are void (255 throughout)"
-            )
+            raise InputError(f"{data.root}: no {kind} pixel has a class, all are void (255)")
         advice = "; 255 is void: write 1 where the object is" * bool(void)
         # A small validation set may show one class.
         if len(shown) == 1 and (kind == "labelled" or (void and shown[0] == 0)):

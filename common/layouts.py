@@ -100,12 +100,9 @@ def folder_layout(root: Path, train: str = "train", val: str = "val") -> Data:
     """images/{train,val}/, masks/{train,val}/ with PNG masks, classes.txt; notes what is left."""
     names = _read_classes(root / "classes.txt")
     splits, used = [], set()
+    need_folder(root / "images" / train)  # without the other, there may be training on tags
     for split in (train, val):
-        folder = root / "images" / split
-        # Without validation pictures there may be training on tags.
-        if split == train:
-            need_folder(folder)
-        images = find_pictures(folder)
+        images = find_pictures(root / "images" / split)
         masks = _match_masks(images, find_pictures(root / "masks" / split, {".png"}))
         splits.append({n: (str(p), masks.get(n)) for n, p in images.items()})
         used.update(map(str, images.values()), masks.values())
@@ -124,20 +121,16 @@ def _read_classes(path: Path) -> list[str]:
     """The class names of a classes.txt: line n is index n, from 0."""
     if not path.is_file():
         raise InputError(f"{path}: missing; write one class name per line, in index order")
-    lines = read_numbered(path)
-    known: dict[str, int] = {}
-    for number, name in lines:
-        if number > len(known) + 1:
+    names = []
+    for number, name in read_numbered(path):
+        if number > len(names) + 1:
             raise InputError(f"{path}: line {number - 1} is blank; line n names class n, from 0")
-        if name in known:
-            raise InputError(
-                f"{path}: line {number} repeats {name}, line {known[name]}; give every class a "
-                "name of its own"
-            )
-        known[name] = number
-    if not 2 <= len(known) <= 254:
-        raise InputError(f"{path}: lists {len(known)} classes, must be 2 to 254")
-    return list(known)
+        if name in names:
+            raise InputError(f"{path}: line {number} repeats {name}; give each class another name")
+        names.append(name)
+    if not 2 <= len(names) <= 254:
+        raise InputError(f"{path}: lists {len(names)} classes, must be 2 to 254")
+    return names
 
 
 def _read_colors(path: Path, classes: list[str]) -> list[Color]:
@@ -162,8 +155,7 @@ def _match_masks(images: dict[str, Path], masks: dict[str, Path]) -> dict[str, s
     for name, mask in masks.items():
         of = name if name in images else re.sub(MASK_END, "", name)
         if of in found:
-            both = f"{found[of]} and {mask}"
-            raise InputError(f"{images[of]}: has two masks, {both}; remove one")
+            raise InputError(f"{images[of]}: has two masks, {found[of]} and {mask}; remove one")
         if of in images:
             found[of] = str(mask)
     for name, path in images.items():
@@ -192,9 +184,8 @@ def voc_root(root: Path) -> Path:
     for below in ("VOC2012", "VOCdevkit/VOC2012"):
         if (root / below / "JPEGImages").is_dir():
             root = root / below
-    for needed in ("JPEGImages", *(f"ImageSets/Segmentation/{s}.txt" for s in ("train", "val"))):
-        if not (root / needed).exists():
-            raise InputError(f"{root / needed}: missing; name the folder of VOC2012 as unpacked")
+    if not (root / "JPEGImages").is_dir():
+        raise InputError(f"{root / 'JPEGImages'}: missing; name the folder of VOC2012 as unpacked")
     return root
 
 
@@ -244,10 +235,7 @@ def coco_layout(root: Path) -> Data:
     splits, classes = [], []
     for split in ("train2017", "val2017"):
         if not (root / split).is_dir():
-            raise InputError(
-                f"{root / split}: missing; --data-path must hold train2017/, val2017/ and "
-                "annotations/"
-            )
+            raise InputError(f"{root / split}: missing; COCO is train2017/, val2017/, annotations/")
         masks, images = root / coco.MADE / split, find_pictures(root / split)
         classes.append(coco.make_masks(root, split, list(images), write_mask))
         splits.append({n: (str(path), str(masks / f"{n}.png")) for n, path in images.items()})

@@ -155,8 +155,8 @@ def cut(path):
 
 
 DAMAGES = {  # the file, what is done to it, what the message says
-    "no train": ("train2017", shutil.rmtree, "missing; --data-path must hold train2017/, val2017/"),
-    "no val": ("val2017", shutil.rmtree, "missing; --data-path must hold"),
+    "no train": ("train2017", shutil.rmtree, "missing; COCO is train2017/, val2017/"),
+    "no val": ("val2017", shutil.rmtree, "missing; COCO is"),
     "no annotations": (TRAIN, Path.unlink, "missing; unpack annotations_trainval2017.zip"),
     "no val annotations": (VAL, Path.unlink, "missing; unpack annotations_trainval2017.zip"),
     "cut short": (TRAIN, cut, "not COCO's instances .*unpack it again"),

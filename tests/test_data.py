@@ -140,7 +140,7 @@ def test_cityscapes_reads_label_ids_where_a_list_names_train_ids(tmp_path, liste
     data = loaded(root, listed(train), dataset="cityscapes")
     assert data.labeled == [data.train["aachen/aachen_000001_000019"]]
     # No mask is known for a picture that is none of the training pictures.
-    assert "trainIds, but labelIds are read; list the picture alone" in message(
+    assert "has trainIds, labelIds are read; list the picture alone" in message(
         root, listed(val), dataset="cityscapes"
     )
 
@@ -576,7 +576,7 @@ FOLDER = {
     "classes missing": ("classes.txt", None, "classes.txt", "missing"),
     "one class": ("classes.txt", b"cat\n\n", "classes.txt", "lists 1 classes, must be 2 to 254"),
     "classes not UTF-8": ("classes.txt", b"caf\xe9\nbar\n", "classes.txt", "UTF-8"),
-    "a class twice": ("classes.txt", b"a\nb\nc\nb\n", "classes.txt", "line 4 repeats b, line 2;"),
+    "a class twice": ("classes.txt", b"a\nb\nc\nb\n", "classes.txt", "line 4 repeats b;"),
     "a blank class": ("classes.txt", b"a\n\nb\nc\n", "classes.txt", "line 2 is blank; line n"),
     "no train folder": ("images/train", None, "images/train", "missing"),
     "no train picture": ("images/train", empty, "", "no training picture"),
@@ -610,7 +610,7 @@ VOC = {
     "an id that leads out": (LIST, b"../../other/7\n", LIST[:-8], "id ../../other/7 leads out"),
     "an absolute id": (LIST, b"/tmp/7\n", LIST[:-8], "id /tmp/7 leads out"),
     "no pictures": ("JPEGImages", None, "JPEGImages", "missing"),
-    "no list": (LIST, None, LIST, "missing"),
+    "no list": (LIST, None, LIST, "no such file"),
     "picture missing": (GONE, None, GONE, "no such picture"),
 }
 CITYSCAPES = {

@@ -62,9 +62,8 @@ def train_view(
 ) -> tuple[Tensor, ...]:
     """Scale, crop, flip and normalise: what networks train on.
 
-    image (3, H, W) uint8 or float, label (H, W) -> image (3, crop, crop), label (crop, crop) and
-    valid (crop, crop) bool. The scale is one of `scales`, all equally likely. With `strong`, a
-    photometric transform, there is a fourth: the same crop, transformed.
+    As `random_crop`, the scale one of `scales`, all equally likely. With `strong`, a photometric
+    transform, there is a fourth: the same crop, transformed.
     """
     scale = scales[int(torch.randint(len(scales), ()))]
     image, label, valid = random_flip(*random_crop(image, label, crop, scale))
@@ -85,10 +84,9 @@ def random_crop(
     """A random crop x crop window of both, as seen at `scale` times their size.
 
     image (3, H, W) uint8 or float in [0, 1], label (H, W) -> image (3, crop, crop) float, label
-    (crop, crop) int64 and valid (crop, crop) bool, False on padding. Only the pixels that survive
-    are resized: a window of crop / scale pixels is cut first and resized then, bilinear for the
-    picture and nearest for the label. A picture smaller than the window is padded on all sides,
-    with the mean colour and with void.
+    (crop, crop) int64 and valid (crop, crop) bool, False on padding. A window of crop / scale
+    pixels is cut and then resized, bilinear for the picture and nearest for the label. A smaller
+    picture is padded on all sides, with the mean colour and with void.
     """
     height, width = label.shape
     side = max(round(crop / scale), 1)
@@ -106,14 +104,12 @@ def random_crop(
         # "nearest-exact" samples at pixel centres, as the bilinear picture does; "nearest" would
         # shift the label by up to half a pixel.
         label = F.interpolate(label[None, None].byte(), (out_h, out_w), mode="nearest-exact")[0, 0]
-    image = to_float(image)
 
     above, before = (crop - out_h) // 2, (crop - out_w) // 2
     padding = (before, crop - out_w - before, above, crop - out_h - above)
-    label, valid = label.long(), torch.ones(out_h, out_w, dtype=torch.bool)
-    if not any(padding):
-        return image, label, valid
-    return mean_pad(image, padding), F.pad(label, padding, value=VOID), F.pad(valid, padding)
+    image = mean_pad(to_float(image), padding) if any(padding) else to_float(image)
+    valid = F.pad(torch.ones(out_h, out_w, dtype=torch.bool), padding)
+    return image, F.pad(label.long(), padding, value=VOID), valid
 
 
 def mean_pad(image: Tensor, padding: Sequence[int]) -> Tensor:
@@ -147,9 +143,8 @@ def cutmix_masks(
     wide = (share ** (1 - uniform[1]) / boxes**0.5 * width).round()
     top = ((height - high) * uniform[2]).round()
     left = ((width - wide) * uniform[3]).round()
-    corners = torch.stack([top, top + high, left, left + wide])
-    corners = corners.to(device, torch.float32, non_blocking=True)
-    top, bottom, left, right = corners  # (B, boxes, 1) each
+    corners = torch.stack([top, top + high, left, left + wide])  # (4, B, boxes, 1)
+    top, bottom, left, right = corners.to(device, torch.float32, non_blocking=True)
     rows, columns = (torch.arange(size, device=device) for size in (height, width))
     down = ((rows >= top) & (rows < bottom)).float()  # (B, boxes, H)
     across = ((columns >= left) & (columns < right)).float()  # (B, boxes, W)

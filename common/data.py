@@ -185,8 +185,7 @@ def _read_list(flag: str, path: str, data: Data, unique: bool) -> list[Pair]:
                 mask = known[image]
             elif mask.endswith(TRAIN_IDS):
                 raise InputError(f"{where} has trainIds, labelIds are read; list the picture alone")
-        needed = [image, mask] if masks and mask else [image]
-        missing = [file for file in needed if not os.path.isfile(file)]
+        missing = [file for file in (image, mask) if file and not os.path.isfile(file)]
         if missing or len(words) > 2:
             raise InputError(
                 f"{where} is no training id (there are {len(train)}, such as {next(iter(train))}), "

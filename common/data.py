@@ -45,7 +45,6 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     labeled: "1/r" (every r-th of the sorted training pictures), a count (drawn by seed), a list
     file, or "all" (every training picture with a mask). unlabeled: "" (the training pictures that
     are not labelled, or all of them when all are), a list file or a folder.
-    Raises InputError that names the file or flag.
     """
     data = layout(dataset, data_path)
     labeled, unlabeled = os.path.expanduser(labeled), os.path.expanduser(unlabeled)

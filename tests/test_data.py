@@ -183,6 +183,19 @@ def test_folders_behind_links_are_entered_and_circles_are_not(root, tmp_path):
     assert list(load("folder", str(root), "all", "", 0).train) == [f"day/00{k}" for k in range(6)]
 
 
+def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
+    """Root may list any, so that the system has to be played."""
+    closed, scan = root / "images" / "train", os.scandir
+
+    def refuse(path):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(closed))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert message(root).startswith(f"{closed}: cannot be listed ([Errno 13] Permission denied")
+
+
 def test_masks_that_two_pictures_or_none_may_have(root):
     shutil.copy(root / MASK, root / "masks/train/000_mask.png")
     both = f"has two masks, {root / MASK} and {root / 'masks/train/000_mask.png'}; remove one"

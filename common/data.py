@@ -8,6 +8,7 @@ unlabelled, validation. There are `shapes` (drawn, no files), `folder`, `voc`, `
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -163,7 +164,9 @@ def _read_list(flag: str, path: str, data: Data, unique: bool) -> list[Pair]:
     """
     root, train = data.root, data.train
     known, pairs = dict(train.values()), {}  # masks by picture
-    named = {short_name(name): pair[0] for name, pair in train.items() if unique}
+    times = Counter(map(short_name, train))  # a name that two pictures have finds neither
+    pictures = {short_name(name): image for name, (image, _) in train.items()}
+    named = {name: image for name, image in pictures.items() if unique and times[name] == 1}
     for number, line in read_numbered(Path(path)):
         if line in train:
             pairs.update([train[line]])

@@ -249,7 +249,11 @@ def _pair(image: Path, mask: Path) -> Pair:
 
 
 def _data(
-    root: Path, classes: list[str], colors: list[Color], splits: list[dict], lookup=None
+    root: Path,
+    classes: list[str],
+    colors: list[Color],
+    splits: list[dict[str, Pair]],
+    lookup: np.ndarray | None = None,
 ) -> Data:
     """The dataset with its pictures sorted by id; without a lookup, masks hold classes and void."""
     if lookup is None:

@@ -452,8 +452,15 @@ def test_a_mask_of_ones_own_is_never_replaced(tmp_path, listed):
         assert f"{root / mask} does not exist" in message(root, path, dataset="voc")
 
 
-def test_names_find_no_picture_of_a_folder(root, listed):
+def test_names_find_no_picture_of_a_folder_and_none_where_there_are_two(root, tmp_path, listed):
     assert "extra/003.jpg does not exist" in message(root, "1/2", listed("extra/003.jpg"))
+    root = trees.cityscapes_tree(tmp_path / "cities")
+    frame = "aachen_000000_000019_leftImg8bit.png"
+    assert loaded(root, listed(f"images/{frame}"), dataset="cityscapes").labeled
+    (root / "leftImg8bit/train/copy").mkdir()
+    shutil.copy(root / "leftImg8bit/train/aachen" / frame, root / "leftImg8bit/train/copy" / frame)
+    text = message(root, "1/5", listed(f"images/{frame}"), dataset="cityscapes")
+    assert f"images/{frame} does not exist" in text
 
 
 def test_all_means_every_training_picture_with_a_mask(root):

@@ -58,17 +58,15 @@ class Segmenter(nn.Module):
     ):
         super().__init__()
         self.model, self.classes, self.colors, self.window = model, classes, colors, window
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) uint8 -> logits (B, K, H, W)."""
         images = (images.float() * (1 / 255) - self.mean) / self.std
         height, width = images.shape[-2:]
-        if min(height, width) >= 32:
-            return self.model(images)
-        # The networks take 32 pixels and more. Zeros are the mean colour by now.
-        images = F.pad(images, (0, max(32 - width, 0), 0, max(32 - height, 0)))
+        if min(height, width) < 32:  # too few for the networks; zeros are the mean colour by now
+            images = F.pad(images, (0, max(32 - width, 0), 0, max(32 - height, 0)))
         return self.model(images)[..., :height, :width]
 
 
@@ -77,30 +75,23 @@ def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
 
     Raises InputError for a file that is none.
     """
-    where, advice = machine.find_device(device), "give the last.pt or best.pt of a run"
+    where = machine.find_device(device)
     try:
-        saved = read_checkpoint(checkpoint, mmap=True)
-    except Exception as error:  # a dozen kinds
-        missing = isinstance(error, FileNotFoundError)
-        reason = "no such file" if missing else f"unreadable ({type(error).__name__})"
-        raise InputError(f"{checkpoint}: {reason}; {advice}") from error
-    try:
-        networks, left = [], Path(checkpoint).stat().st_size
+        saved = read_checkpoint(checkpoint)
+        networks = []
         for arguments, state in zip(saved["arguments"], saved["networks"], strict=True):
-            with torch.device("meta"):  # a size alone, as large as the arguments have it
-                network = DeepLabV3Plus(**arguments | {"weights": None})
-            left -= sum(weight.numel() for weight in network.state_dict().values())
-            if left < 0:
-                raise ValueError("a network larger than its file")
-            network.to_empty(device="cpu").load_state_dict(state)
-            networks.append(network)
+            with torch.device("meta"):  # arguments of a damaged file may ask for any size
+                networks.append(DeepLabV3Plus(**arguments | {"weights": None}))
+            networks[-1].load_state_dict(state, assign=True)
         model = networks[0] if len(networks) == 1 else Ensemble(networks)
-        known = {key: saved[key] for key in ("mean", "std", "window") if key in saved}
-        model = Segmenter(model, saved["classes"], saved["colors"], **known)
+        model = Segmenter(model, *(saved[key] for key in "classes colors mean std window".split()))
         _check_model(model, networks)
         evaluated = not math.isnan(saved["miou"])
     except Exception as error:  # as many kinds as there are ways to be another file
-        raise InputError(f"{checkpoint}: holds no network of these scripts; {advice}") from error
+        missing = isinstance(error, FileNotFoundError)
+        other = f"holds no network of these scripts ({type(error).__name__})"
+        reason = "no such file" if missing else other
+        raise InputError(f"{checkpoint}: {reason}; give the last.pt or best.pt of a run") from error
     if not evaluated:
         print(f"{checkpoint}: never evaluated; its network may be untrained", file=sys.stderr)
     return machine.place(model, where).eval()
@@ -116,9 +107,6 @@ def _check_model(model: Segmenter, networks: list[DeepLabV3Plus]) -> None:
         and (colors.shape == (count, 3) and colors.dtype.kind == "i")
         and (0 <= colors.min() and colors.max() <= 255)
         and (isinstance(window, int) and (window == 0 or window >= 32))
-        and model.mean.numel() == model.std.numel() == 3
-        and model.mean.is_floating_point()
-        and model.std.is_floating_point()
     ):
         raise ValueError
 

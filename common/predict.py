@@ -10,7 +10,6 @@ In a notebook: `load`, `segment`, `overlay`.
 import argparse
 import math
 import sys
-import time
 import warnings
 from copy import deepcopy
 from dataclasses import replace
@@ -124,8 +123,9 @@ def segment(
     """
     picture, device = _picture(image), next(model.parameters()).device
     model = model if isinstance(model, Segmenter) else Segmenter(model).to(device)
+    sides = windows(model.window if window is None else window)
     with evaluating(model), machine.autocast(device, machine.precision(device, amp)):
-        mask = classify(model, picture[None].to(device), _windows(model, window))[0]
+        mask = classify(model, picture[None].to(device), sides)[0]
     return mask.to(image.device) if isinstance(image, Tensor) else mask.cpu().numpy()
 
 
@@ -162,21 +162,16 @@ def _picture(image: Picture) -> Tensor:
     return picture
 
 
-def _windows(model: Segmenter, side: int | None) -> tuple[int, int] | None:
-    side = model.window if side is None else side
-    return windows(side)
-
-
 # --- the command ---
 
 
 def predict(model: Segmenter, options: argparse.Namespace) -> int:
-    """Write the masks of all pictures; return how many pictures had to be skipped."""
-    pictures, skipped, started = find(options.pictures, options.output), 0, time.time()
+    """Write the masks of all pictures; return how many had to be skipped."""
+    pictures, skipped = find(options.pictures, options.output), 0
     for name, path in tqdm(pictures.items(), "predicting", disable=None):
         try:
             picture = read_image(str(path))
-            mask = segment(model, picture, options.window, options.amp)
+            mask = segment(model, picture, amp=options.amp)
             write(options.output / name, picture, mask, model.colors, options.overlay)
             continue
         except InputError as error:
@@ -187,34 +182,25 @@ def predict(model: Segmenter, options: argparse.Namespace) -> int:
             problem = f"{path}: does not fit into memory; give --window 512, or less"
         skipped += 1
         tqdm.write(f"predict.py: {problem}", file=sys.stderr)
-    seconds = (time.time() - started) / len(pictures)
-    left = f", {skipped} of them skipped" * bool(skipped)
     count = f"{len(pictures)} picture" + "s" * (len(pictures) != 1)
-    print(f"{count}{left}, {seconds:.2g} s each: {options.output}")
+    print(count + f", {skipped} of them skipped" * bool(skipped) + f": {options.output}")
     return skipped
 
 
 def find(pictures: Path, output: Path) -> dict[str, Path]:
     """A picture, or those of a folder and its subfolders, by where below output their masks go."""
-    if pictures.is_file():
-        found = {pictures.stem: pictures}
-    elif pictures.is_dir():
-        found, inside, out = find_pictures(pictures), pictures.resolve(), output.resolve()
-        if out != inside and out.is_relative_to(inside):  # masks of an earlier call are no pictures
-            masks = f"{out.relative_to(inside).as_posix()}/"
-            found = {name: path for name, path in found.items() if not name.startswith(masks)}
-        if not found:
-            raise InputError(f"{pictures}: holds no picture ({', '.join(sorted(SUFFIXES))})")
-        others = [
-            path
-            for path in walk(pictures)
-            if path.suffix.lower() not in SUFFIXES and path.is_file()
-        ]
-        if others:
-            also = f" and {len(others) - 1} more" * (len(others) > 1)
-            print(f"{others[0]}{also}: no picture by the name, left out", file=sys.stderr)
-    else:
-        raise InputError(f"{pictures}: no such picture or folder")
+    found = {pictures.stem: pictures} if pictures.is_file() else find_pictures(pictures)
+    inside, out = pictures.resolve(), output.resolve()
+    if out != inside and out.is_relative_to(inside):  # masks of an earlier call are no pictures
+        masks = f"{out.relative_to(inside).as_posix()}/"
+        found = {name: path for name, path in found.items() if not name.startswith(masks)}
+    if not found:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise InputError(f"{pictures}: no picture and no folder with pictures ({kinds})")
+    others = [path for path in walk(pictures) if path.suffix.lower() not in SUFFIXES]
+    if others:
+        also = f" and {len(others) - 1} more" * (len(others) > 1)
+        print(f"{others[0]}{also}: no picture by the name, left out", file=sys.stderr)
     sources = {path.resolve() for path in found.values()}
     for name in found:
         if (mask := output / f"{name}.png").resolve() in sources:
@@ -231,11 +217,9 @@ def write(
     image.putpalette(palette(colors).tobytes())
     replace_file(target.with_name(f"{target.name}.png"), partial(image.save, format="PNG"))
     if overlaid:
-        # A JPEG's sides end at 65,535 pixels.
-        kind, suffix = ("JPEG", "jpg") if max(mask.shape) < 2**16 else ("PNG", "png")
         image = Image.fromarray(overlay(picture, mask, colors))
-        save = partial(image.save, format=kind, quality=92, subsampling=0)  # borders stay sharp
-        replace_file(target.with_name(f"{target.name}_overlay.{suffix}"), save)
+        save = partial(image.save, format="JPEG", quality=92, subsampling=0)  # sharp borders
+        replace_file(target.with_name(f"{target.name}_overlay.jpg"), save)
 
 
 def score(model: Segmenter, options: argparse.Namespace) -> str:
@@ -254,7 +238,7 @@ def score(model: Segmenter, options: argparse.Namespace) -> str:
             raise InputError(f"{image}: has no mask in {root / 'masks' / 'test'}; add the mask")
     check(replace(data, labeled=data.val, val=[]))  # as labelled ones: these may be small
     loader = val_loader(data, lambda image, label: (image, label), pixels=2**18)
-    device, sides = next(model.parameters()).device, _windows(model, options.window)
+    device, sides = next(model.parameters()).device, windows(model.window)
     with machine.autocast(device, machine.precision(device, options.amp)):
         ious = iou(evaluate(model, loader, len(model.classes), device, sides))
     values = [None if math.isnan(value) else value for value in ious.tolist()]
@@ -305,9 +289,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     task("--export", type=Path, help="file for torch.export.load, such as model.pt2")
     add("--overlay", action="store_true", help="with --output: also name_overlay.jpg")
     add("--window", type=int, help="side of sliding windows, 0: none [as its run evaluates]")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    precisions = ("auto", "none", "bf16", "fp16")
-    add("--amp", choices=precisions, default="auto", help="as in training [auto]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--amp", choices=["auto", "none", "bf16", "fp16"], default="auto", help="as in training")
     options = parser.parse_args(words)
     if options.window is not None and (options.window < 0 or 0 < options.window < 32):
         raise InputError(f"--window {options.window}: must be 0, or 32 pixels and more")
@@ -318,27 +301,23 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(words: list[str]) -> int:
-    """What a command line asks for; returns 1 where pictures had to be skipped, else 0."""
-    options = parse(words)
-    machine.keep_memory()
-    # Pillow refuses pictures of twice the size from which on it warns.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    model = load(options.checkpoint, options.device)
-    if options.output:
-        return int(predict(model, options) > 0)
-    if options.test_split:
-        print(score(model, options), end="")
-    else:
-        export(model, options.export)
-        print(f"{options.export}: takes uint8 RGB (B, 3, H, W) of 32 pixels and more, gives logits")
-    return 0
-
-
-def main() -> None:
+def main(words: list[str]) -> None:
     with one_line("predict.py"):
-        sys.exit(run(sys.argv[1:]))
+        options, skipped = parse(words), 0
+        machine.keep_memory()
+        # Pillow refuses pictures of twice the size from which on it warns.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        model = load(options.checkpoint, options.device)
+        model.window = model.window if options.window is None else options.window
+        if options.output:
+            skipped = predict(model, options)
+        elif options.test_split:
+            print(score(model, options), end="")
+        else:
+            export(model, options.export)
+            print(f"{options.export}: takes uint8 RGB (B, 3, H, W) from 32 pixels on, gives logits")
+        sys.exit(min(skipped, 1))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -502,18 +502,15 @@ def resume(root: Path) -> None:
 def command(root: Path) -> None:
     """python -m common.predict"""
     program(
-        predict.run, [str(root / "last.pt"), str(root / "pictures"), "--output", str(root / "o")]
+        predict.main, [str(root / "last.pt"), str(root / "pictures"), "--output", str(root / "o")]
     )
 
 
 def program(main: object, words: list[str]) -> None:
-    """A program may end by itself, or by what its guard takes for an error of the user's."""
     try:
         main(words)
     except SystemExit as end:
         assert end.code in (0, 1, 2), end.code
-    except OSError as error:
-        assert "\n" not in str(error), error
 
 
 def segment(root: Path) -> None:

@@ -4,28 +4,18 @@ import numpy as np
 
 Color = tuple[int, int, int]  # red, green, blue, from 0 to 255
 GREY = (220, 220, 220)  # of void
-DISTINCT = [  # black, for what is often background, and colours as far apart as nineteen can be
-    (0, 0, 0),
-    (210, 0, 45),
-    (105, 30, 165),
-    (255, 225, 60),
-    (0, 255, 180),
-    (0, 150, 255),
-    (255, 120, 195),
-    (105, 0, 60),
-    (120, 60, 15),
-    (0, 60, 0),
-    (0, 240, 255),
-    (240, 135, 0),
-    (0, 45, 105),
-    (255, 150, 135),
-    (180, 255, 105),
-    (0, 150, 45),
-    (15, 150, 120),
-    (150, 150, 45),
-    (225, 255, 180),
-    (210, 180, 255),
-]
+
+
+def from_hex(words: str) -> list[Color]:
+    """Colours written as rrggbb, with spaces between."""
+    return [tuple(bytes.fromhex(word)) for word in words.split()]
+
+
+# Black, for what is often background, and colours as far apart as nineteen can be.
+DISTINCT = from_hex("""
+    000000 d2002d 691ea5 ffe13c 00ffb4 0096ff ff78c3 69003c 783c0f 003c00
+    00f0ff f08700 002d69 ff9687 b4ff69 00962d 0f9678 96962d e1ffb4 d2b4ff
+""")
 
 
 def voc_colors(count: int) -> list[Color]:
@@ -48,3 +38,9 @@ def palette(colors: list[Color]) -> np.ndarray:
 def colorize(labels: np.ndarray, colors: list[Color]) -> np.ndarray:
     """Labels (H, W) uint8 as colours (H, W, 3) uint8; void is grey."""
     return palette(colors)[labels]
+
+
+def tinted(picture: np.ndarray, labels: np.ndarray, colors: list[Color]) -> np.ndarray:
+    """A picture (H, W, 3) half in the colours of its labels; as it is where these are black."""
+    tint = colorize(labels, colors)
+    return np.where(tint.any(axis=2, keepdims=True), picture // 2 + tint // 2, picture)

@@ -13,23 +13,17 @@ from statistics import fmean
 
 from PIL import Image, ImageDraw, ImageFont
 
+from common.colors import from_hex
 from common.flags import InputError, Parser, one_line
 from common.outputs import evaluation, read_log, replace_file
 
 Points = list[tuple[float, float]]  # step, value
+Font = ImageFont.FreeTypeFont
 WIDTH, HEIGHT, FONT = 1920, 1080, 30  # pixels
 LOSS, MIOU = "loss", "mIoU in %"
 FINE = 2  # drawn so many times as large, for Pillow has no smooth lines
-COLORS = [  # Okabe and Ito's, which colour-blind people tell apart, without the yellow
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (230, 159, 0),
-    (86, 180, 233),
-    (90, 90, 90),
-    (120, 60, 20),
-]
+# Okabe and Ito's, which colour-blind people tell apart, without the yellow.
+COLORS = from_hex("0072b2 d55e00 009e73 cc79a7 e69f00 56b4e9 5a5a5a 783c14")
 
 
 def charts(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
@@ -181,12 +175,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return marks
 
 
-def wrap(
-    names: list[str],
-    width: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    beside: int,
-) -> list[tuple[int, int]]:
+def wrap(names: list[str], width: int, font: Font, beside: int) -> list[tuple[int, int]]:
     """Where each name of a legend begins, (left in pixels, row), when lines end at the width.
 
     beside: the pixels that a name takes besides its letters.

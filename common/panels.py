@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from common.augment import whole_view
-from common.colors import GREY, colorize
+from common.colors import GREY, colorize, tinted
 from common.curves import wrap
 from common.layouts import DRAWN, Data
 from common.loaders import read_pair
@@ -46,16 +46,14 @@ def panels(
     for index in sorted({round(i) for i in np.linspace(0, len(data.val) - 1, rows)}):
         image, label = read_pair(data.val[index], data.lookup)
         view = whole_view(image, label)[0][None].to(device)
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             prediction = classify(model, view, window)[0].cpu().numpy()
-        truth = label.numpy()
-        known = max((truth != VOID).sum(), 1)
-        share = 100 * ((truth != VOID) & (truth != prediction)).sum() / known
+        truth, known = label.numpy(), (label != VOID).numpy()
+        share = 100 * (known & (truth != prediction)).sum() / max(known.sum(), 1)
         notes.append(f"{picture_name(data, data.val[index][0])}: {share:.1f} % wrong")
         strip = _strip(image.permute(1, 2, 0).numpy(), truth, prediction, data)
         others = show(view) if show else {}
-        strip += [_map(values[0].cpu(), strip[0]) for values in others.values()]
-        strips.append(strip)
+        strips.append(strip + [_map(values[0].cpu(), strip[0]) for values in others.values()])
         titles = [*TITLES, *others]
     sheet(path, titles, strips, notes, data)
 
@@ -70,10 +68,9 @@ def _strip(
         np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
         for labels in (truth, prediction)
     )
-    painted = colorize(prediction, data.colors)
-    # As in common.predict: a class whose colour is black leaves the picture as it is.
-    overlay = np.where(painted.any(axis=2, keepdims=True), photo // 2 + painted // 2, photo)
-    return [photo, colorize(truth, data.colors), painted, overlay, errors(photo, truth, prediction)]
+    painted = [colorize(labels, data.colors) for labels in (truth, prediction)]
+    overlay = tinted(photo, prediction, data.colors)
+    return [photo, *painted, overlay, errors(photo, truth, prediction)]
 
 
 def _map(values: Tensor, photo: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from common import machine
 from common.augment import IMAGENET
 from common.bars import tqdm
 from common.checkpoints import read_checkpoint
-from common.colors import colorize, palette
+from common.colors import palette, tinted
 from common.data import check
 from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble
 from common.flags import InputError, Parser, one_line
@@ -130,13 +130,9 @@ def segment(
 
 
 def overlay(image: Picture, mask: np.ndarray, colors: list[list[int]]) -> np.ndarray:
-    """(H, W, 3) uint8: a picture in the colours of its classes (H, W), with white borders.
-
-    Of a class whose colour is black the picture shows as it is.
-    """
+    """(H, W, 3) uint8: a picture `tinted` by its classes (H, W), with white borders."""
     picture, mask = _picture(image).permute(1, 2, 0).numpy(), np.asarray(mask)
-    tint = colorize(mask, colors)
-    shown = np.where(tint.any(axis=2, keepdims=True), picture // 2 + tint // 2, picture)
+    shown = tinted(picture, mask, colors)
     shown[1:][mask[1:] != mask[:-1]] = 255
     shown[:, 1:][mask[:, 1:] != mask[:, :-1]] = 255
     return shown

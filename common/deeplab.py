@@ -14,18 +14,14 @@ from torch import Tensor, nn
 from common.checkpoints import read_checkpoint
 from common.flags import InputError
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
-
 
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+ at output stride 16, for pictures of any height and width from 32 pixels on.
 
-    backbone: one of BACKBONES. weights: None or "none" (random), the name of a torchvision
-    weight enum such as "IMAGENET1K_V1", or the path of a torchvision ResNet state dict, whose `fc`
-    is ignored.
-    width: channels of ASPP and decoder, 256 in the paper. The dropout rates are there for CAC;
-    the networks of CPS and PS-MT have none.
-    Raises InputError for an unknown backbone, and for weights that are missing or do not fit.
+    backbone: resnet18, resnet34, resnet50 or resnet101. weights: None or "none" (random), the name
+    of a torchvision weight enum such as "IMAGENET1K_V1", or the path of a torchvision ResNet state
+    dict, whose `fc` is ignored; InputError for weights that are missing or do not fit. width:
+    channels of ASPP and decoder, 256 in the paper. The dropout rates are there for CAC.
     """
 
     def __init__(
@@ -39,8 +35,7 @@ class DeepLabV3Plus(nn.Module):
         classifier_dropout: float = 0.0,
     ):
         super().__init__()
-        # What rebuilds this network around its state dict; a checkpoint keeps it.
-        self.arguments = dict(
+        self.arguments = dict(  # what rebuilds this network around its state dict
             num_classes=num_classes,
             backbone=backbone,
             width=width,
@@ -49,8 +44,7 @@ class DeepLabV3Plus(nn.Module):
             classifier_dropout=classifier_dropout,
         )
         self.backbone = dilated_resnet(backbone, weights)
-        bottleneck = backbone in ("resnet50", "resnet101")
-        low, high = (256, 2048) if bottleneck else (64, 512)
+        low, high = (64, 512) if backbone in ("resnet18", "resnet34") else (256, 2048)
         self.aspp = ASPP(high, width, aspp_dropout)
         self.reduce_low = ConvBNReLU(low, 48, 1)
         self.decoder = nn.Sequential(
@@ -69,7 +63,6 @@ class DeepLabV3Plus(nn.Module):
         """ASPP's output beside the reduced low-level feature.
 
         images (B, 3, H, W) -> (B, width + 48, H/4, W/4): 304 channels at the paper's width.
-        Raises ValueError for pictures under 32 pixels and for a batch of one in training mode.
         """
         if min(images.shape[-2:]) < 32:
             height, width = images.shape[-2:]
@@ -99,10 +92,7 @@ class DeepLabV3Plus(nn.Module):
         return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 
     def forward(self, images: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Logits (B, K, H, W).
-
-        `perturb(encoded)`, when given, is added to the encoding (PS-MT).
-        """
+        """Logits (B, K, H, W); `perturb(encoded)`, when given, is added to the encoding (PS-MT)."""
         encoded = self.encode(images)
         if perturb is not None:
             encoded = encoded + perturb(encoded)
@@ -135,9 +125,6 @@ class ASPP(nn.Module):
 
     def forward(self, high: Tensor) -> Tensor:
         """(B, channels, h, w) -> (B, width, h, w)."""
-        # BatchNorm has no variance over one picture's single pooled value.
-        if self.training and len(high) == 1:
-            raise ValueError("DeepLabV3Plus trains on batches of two pictures or more, got one")
         pooled = self.pooled(high.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *high.shape[-2:])
         # Laid out as its neighbours are: else the concatenation would be in another layout.
         pooled = pooled.contiguous(memory_format=torch.channels_last)
@@ -194,8 +181,6 @@ def dilated_resnet(backbone: str, weights: str | None) -> nn.Module:
 
     torchvision's own `replace_stride_with_dilation` gives 1, 2, 2 and refuses ResNet-18/34.
     """
-    if backbone not in BACKBONES:
-        raise InputError(f"--backbone {backbone}: unknown; choose one of {', '.join(BACKBONES)}")
     from torchvision.models import get_model  # here, for it takes a second
 
     resnet = get_model(backbone, weights=None)
@@ -216,31 +201,20 @@ def load_backbone(resnet: nn.Module, backbone: str, weights: str) -> None:
     """Fill a torchvision ResNet from an enum name or a file; all of it or an InputError."""
     from torchvision.models import get_model_weights
 
-    enum = get_model_weights(backbone)
-    weights = os.path.expanduser(weights)
-    if weights in enum.__members__:
-        try:
-            state = enum[weights].get_state_dict(progress=False)
-        except (OSError, RuntimeError) as error:  # no network; a file with another checksum
-            raise InputError(
-                f"--weights {weights}: cannot download {enum[weights].url} ({error}); "
-                "fetch that file on another machine and give its path, or use --weights none"
-            ) from error
-    elif not os.path.isfile(weights):
-        raise InputError(
-            f"--weights {weights}: neither a file nor one of {', '.join(enum.__members__)}, none"
-        )
-    else:
-        try:
-            state = read_checkpoint(weights)
-        except Exception as error:  # a dozen kinds
-            raise InputError(
-                f"--weights {weights}: not a PyTorch state dict ({type(error).__name__}); "
-                f"give a torchvision {backbone} state dict"
-            ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"--weights {weights}: holds no state dict, a mapping of names to tensors")
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    enum, weights = get_model_weights(backbone), os.path.expanduser(weights)
+    known = weights in enum.__members__
+    try:
+        state = enum[weights].get_state_dict(progress=False) if known else read_checkpoint(weights)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    except Exception as error:  # a dozen kinds
+        names = ", ".join(enum.__members__)
+        reason = f"neither a PyTorch state dict ({type(error).__name__}) nor one of {names}, none"
+        if known:
+            reason = (
+                f"cannot download {enum[weights].url} ({error}); fetch that file on another "
+                "machine and give its path, or use --weights none"
+            )
+        raise InputError(f"--weights {weights}: {reason}") from error
     try:
         resnet.load_state_dict(state)
     except RuntimeError as error:

@@ -62,7 +62,7 @@ def evaluate(
             counts += torch.stack([_count(p, labels, num_classes) for p in predictions])
     if dist.is_initialized():
         dist.all_reduce(counts)
-    confusions = torch.stack([_checked(count, num_classes) for count in counts])
+    confusions = _checked(counts, num_classes)
     return confusions if several else confusions[0]
 
 
@@ -135,8 +135,7 @@ def _count(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _checked(counts: Tensor, num_classes: int) -> Tensor:
-    if counts[-1] > 0:
-        raise ValueError(
-            f"{int(counts[-1])} pixels have a label or a prediction outside [0, {num_classes})"
-        )
-    return counts[: num_classes**2].reshape(num_classes, num_classes)
+    """Counts (..., K * K + 2) as matrices (..., K, K)."""
+    if bad := counts[..., -1].sum().item():
+        raise ValueError(f"{bad} pixels have a label or a prediction outside [0, {num_classes})")
+    return counts[..., :-2].unflatten(-1, (num_classes, num_classes))

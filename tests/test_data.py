@@ -788,7 +788,7 @@ def test_a_tilde_is_the_home_folder(root, tmp_path, monkeypatch):
     assert data.unlabeled[0][0].startswith(str(root.parent / "more"))
     folder = choose_folder("cps", RunConfig(output_dir="~/runs/a"))
     assert folder == root.parent / "runs/a"
-    with pytest.raises(InputError, match=f"--weights {root.parent / 'start.pt'}: neither a file"):
+    with pytest.raises(InputError, match=f"--weights {root.parent / 'start.pt'}: neither a PyT"):
         dilated_resnet("resnet18", "~/start.pt")
 
 

@@ -28,23 +28,15 @@ def grid_shape(segments: int, height: int, width: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def slic(
-    images: Tensor,
-    segments: int,
-    compactness: float = 10.0,
-    iterations: int = 10,
-    color: str = "lab",
-) -> Tensor:
+def slic(images: Tensor, segments: int, compactness: float = 10.0, iterations: int = 10) -> Tensor:
     """Superpixel ids (B, H, W) int64 of images (B, 3, H, W), RGB in [0, 1].
 
-    k-means on colour and place, from a regular grid of `grid_shape(segments, H, W)` cells, row by
+    k-means on CIE Lab and place, from a regular grid of `grid_shape(segments, H, W)` cells, row by
     row; each pixel joins the nearest of the nine centres around its own cell. The squared distance
-    is d_colour^2 + (compactness d_place / side)^2, with `side` that of a cell. color: "lab"
-    (CIE Lab) or "rgb" (times 100). Ids are below rows x columns; a segment may be empty, or in
-    several pieces: neither connectivity nor a start at low gradients is enforced.
+    is d_colour^2 + (compactness d_place / side)^2, with `side` that of a cell. Ids are below
+    rows x columns; a segment may be empty, or in several pieces: neither connectivity nor a start
+    at low gradients is enforced.
     """
-    if color not in ("lab", "rgb"):
-        raise ValueError(f'color is "lab" or "rgb", not {color!r}')
     batch, _, height, width = images.shape
     rows, columns = grid_shape(segments, height, width)
     cells = rows * columns
@@ -52,8 +44,9 @@ def slic(
 
     scale = compactness * (cells / (height * width)) ** 0.5
     place = scale * torch.stack(torch.meshgrid(down, across, indexing="ij"))  # (2, H, W)
-    colour = to_lab(images.float()) if color == "lab" else 100 * images.float()
-    features = torch.cat([colour, place.expand(batch, -1, -1, -1)], dim=1)  # (B, 5, H, W)
+    features = torch.cat(
+        [to_lab(images.float()), place.expand(batch, -1, -1, -1)], dim=1
+    )  # (B, 5, H, W)
     # A sixth channel of ones counts the pixels.
     features = F.pad((UNITS * features).round().flatten(2), (0, 0, 0, 1), value=1)  # (B, 6, HW)
 

@@ -775,18 +775,17 @@ def test_grids_have_about_as_many_cells_as_asked_for_and_fit_the_picture():
     assert grid_shape(600, 321, 321) == (24, 25)
 
 
-@pytest.mark.parametrize("color", ["lab", "rgb"])
-def test_ids_are_below_the_number_of_cells_and_do_not_cross_strong_edges(color):
+def test_ids_are_below_the_number_of_cells_and_do_not_cross_strong_edges():
     """The second: four blocks of flat colour whose borders are no borders of the grid."""
     for size in ((40, 40), (31, 47), (50, 9)):
-        ids = slic(blobs(2, *size), 30, color=color)
+        ids = slic(blobs(2, *size), 30)
         assert ids.shape == (2, *size) and ids.dtype == torch.int64 and len(ids.unique()) > 5
         assert ids.min() >= 0 and ids.max() < math.prod(grid_shape(30, *size))
     for zoom in (1, 4):  # pixels of the large picture are labelled in two lots
         image = torch.zeros(1, 3, 40 * zoom, 44 * zoom)
         image[:, 0, : 17 * zoom], image[:, 1, :, : 23 * zoom], image[:, 2] = 1, 1, 0.3
         block = image[0, 0] * 2 + image[0, 1]
-        ids = slic(image, 20, color=color)[0]
+        ids = slic(image, 20)[0]
         assert all(len(block[ids == s].unique()) == 1 for s in ids.unique())
 
 
@@ -802,12 +801,12 @@ def test_the_most_compact_segments_are_the_grid(size):
     assert torch.equal(slic(torch.full((1, 3, *size), 0.4), 30), grid)  # and without any colour
 
 
-@pytest.mark.parametrize("color, segments", [("lab", 10), ("rgb", 22), ("rgb", 100)])
-def test_slic_is_the_loop_over_pixels(color, segments):
+@pytest.mark.parametrize("segments", [10, 22, 100])
+def test_slic_is_the_loop_over_pixels(segments):
     height, width, compactness = 11, 14, 5.0
     image = torch.rand(1, 3, height, width)
     rows, columns = grid_shape(segments, height, width)
-    colour = to_lab(image) if color == "lab" else 100 * image
+    colour = to_lab(image)
     scale = compactness / (height * width / (rows * columns)) ** 0.5
     every = list(product(range(height), range(width)))
     feature = {
@@ -830,7 +829,7 @@ def test_slic_is_the_loop_over_pixels(color, segments):
                 (c for c in near if c in centres), key=lambda c: math.dist(feature[p], centres[c])
             )
     expected = [r * columns + c for r, c in (assigned[p] for p in every)]
-    assert slic(image, segments, compactness, 4, color).flatten().tolist() == expected
+    assert slic(image, segments, compactness, 4).flatten().tolist() == expected
     assert empty > 0 or segments < 100  # some of the small segments lost all their pixels
 
 
@@ -858,5 +857,3 @@ def test_lab_of_known_colours():
 def test_numbers_of_segments_that_cannot_be_are_errors(segments):
     with pytest.raises(ValueError, match=f"{segments} segments"):
         slic(torch.rand(1, 3, 20, 20), segments)
-    with pytest.raises(ValueError, match="color"):
-        slic(torch.rand(1, 3, 20, 20), 10, color="hsv")

@@ -82,6 +82,8 @@ class Maps:
                 if labels.ndim != 2:
                     raise ValueError("no indices")
                 return labels
+            if not Path(f"{path}.npy").is_file():  # a pipe would be waited for
+                raise OSError("no such file")
             # Mapped, for a damaged header may name any size: then the file is too short.
             stored = torch.from_numpy(np.load(f"{path}.npy", mmap_mode="r").astype(np.float32))
             probs = stored.new_zeros(self.num_classes, *stored.shape[1:])

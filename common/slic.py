@@ -44,9 +44,8 @@ def slic(images: Tensor, segments: int, compactness: float = 10.0, iterations: i
 
     scale = compactness * (cells / (height * width)) ** 0.5
     place = scale * torch.stack(torch.meshgrid(down, across, indexing="ij"))  # (2, H, W)
-    features = torch.cat(
-        [to_lab(images.float()), place.expand(batch, -1, -1, -1)], dim=1
-    )  # (B, 5, H, W)
+    colour = to_lab(images.float())
+    features = torch.cat([colour, place.expand(batch, -1, -1, -1)], dim=1)  # (B, 5, H, W)
     # A sixth channel of ones counts the pixels.
     features = F.pad((UNITS * features).round().flatten(2), (0, 0, 0, 1), value=1)  # (B, 6, HW)
 

@@ -37,19 +37,15 @@ def charts(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
     if len(runs) == 1:
         scored = dict.fromkeys(key for line in lines if "miou" in line for key in evaluation(line))
         beside = [name for name in scored if name not in ("step", "miou", "iou")]
-        found = {
-            LOSS: {name: losses_of(lines, name) for name in losses},
-            MIOU: {"mIoU": mious_of(lines)}
-            | {f"mIoU, {name}": mious_of(lines, name) for name in beside},
-        }
+        found = {LOSS: {name: losses_of(lines, name) for name in losses}}
+        found[MIOU] = {"mIoU": mious_of(lines)}
+        found[MIOU] |= {f"mIoU, {name}": mious_of(lines, name) for name in beside}
     else:
         found = {MIOU: {run: mious_of(log) for run, log in runs.items()}}
-        for name in losses:
-            curves = {run: losses_of(log, name) for run, log in runs.items()}
-            if sum(map(bool, curves.values())) > 1:
-                found[name] = curves
+        found |= {name: {run: losses_of(log, name) for run, log in runs.items()} for name in losses}
     found = {title: {n: c for n, c in curves.items() if c} for title, curves in found.items()}
-    return {title: curves for title, curves in found.items() if curves}
+    least = {title: 1 if len(runs) == 1 or title == MIOU else 2 for title in found}
+    return {title: curves for title, curves in found.items() if len(curves) >= least[title]}
 
 
 def losses_of(log: list[dict], name: str) -> Points:
@@ -85,15 +81,7 @@ def draw(found: dict[str, dict[str, Points]], title: str) -> Image.Image:
         pen.line((left + line // 2, y, left + line * 5 // 4, y), color, 5 * FINE)
         pen.text((left + line * 3 // 2, y), name, "black", font, anchor="lm")
     top += line * (legend[-1][1] + 1 if legend else 0)
-
-    axes = {}
-    for name, curves in found.items():
-        values = [v for curve in curves.values() for _, v in curve if not math.isnan(v)]
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        logarithmic = name.startswith(LOSS) and 1e-99 < 20 * low < high
-        axes[name] = (log_ticks if logarithmic else ticks)(low, high), logarithmic
-    labels = ["step", *(f"{mark:.6g}" for marks, _ in axes.values() for mark in marks)]
-    margin = line + max(int(font.getlength(label)) for label in labels)
+    margin = line + int(font.getlength("0.00001"))
     last = max((s for curves in found.values() for c in curves.values() for s, _ in c), default=1)
     for number, (name, curves) in enumerate(found.items()):
         row, column = divmod(number, columns)
@@ -103,13 +91,16 @@ def draw(found: dict[str, dict[str, Points]], title: str) -> Image.Image:
             (column + 1) * width // columns - line * 3 // 2,
             top + (row + 1) * (height - top) // rows - line * 3 // 2,
         )
-        _chart(pen, area, name, curves, colors, axes[name], ticks(0, last), last, font)
+        _chart(pen, area, name, curves, colors, last, font)
     return canvas.reduce(FINE)
 
 
-def _chart(pen, area, title, curves, colors, axis, steps, last, font) -> None:
+def _chart(pen, area, title, curves, colors, last, font) -> None:
     """A chart's axes with their marks, and its curves; area: left, top, right, bottom."""
-    (left, top, right, bottom), (marks, logarithmic), line = area, axis, font.size
+    (left, top, right, bottom), line = area, font.size
+    values = [v for curve in curves.values() for _, v in curve if not math.isnan(v)]
+    logarithmic = title.startswith(LOSS) and 1e-99 < 20 * min(values) < max(values)
+    marks = (log_ticks if logarithmic else ticks)(min(values), max(values))
     scale = math.log10 if logarithmic else float
     low, high = scale(marks[0]), scale(marks[-1])
 
@@ -125,7 +116,7 @@ def _chart(pen, area, title, curves, colors, axis, steps, last, font) -> None:
         pen.line((left, y_of(mark), right, y_of(mark)), (225, 225, 225), FINE)
         pen.text((left - line // 3, y_of(mark)), f"{mark:.6g}", "black", font, anchor="rm")
     pen.text((left - line // 2, bottom + line // 3), "step", "black", font, anchor="ra")
-    for mark in (mark for mark in steps if mark <= last):
+    for mark in (mark for mark in ticks(0, last) if mark <= last):
         pen.line((x_of(mark), bottom, x_of(mark), bottom + line // 4), "black", 2 * FINE)
         pen.text((x_of(mark), bottom + line // 3), f"{mark:.10g}", "black", font, anchor="ma")
     pen.line((left, top, left, bottom, right, bottom), "black", 2 * FINE)
@@ -154,9 +145,9 @@ def smoothed(places: Points, reach: int) -> Points:
     return found
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers, evenly apart, around a range."""
-    apart = (high - low or abs(high) or 1.0) / count
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers, evenly apart, around a range."""
+    apart = (high - low or abs(high) or 1.0) / 5
     power = 10.0 ** math.floor(math.log10(apart))
     apart = next(m * power for m in (1, 2, 5, 10) if m * power >= apart * 0.999)
     numbers = range(math.floor(low / apart), math.ceil(high / apart) + 1)

@@ -51,33 +51,28 @@ def panels(
         truth, known = label.numpy(), (label != VOID).numpy()
         share = 100 * (known & (truth != prediction)).sum() / max(known.sum(), 1)
         notes.append(f"{picture_name(data, data.val[index][0])}: {share:.1f} % wrong")
-        strip = _strip(image.permute(1, 2, 0).numpy(), truth, prediction, data)
+        photo = image.permute(1, 2, 0).numpy()
+        size = CELL, _height(photo)
+        photo = np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
+        truth, prediction = _nearest(truth, size), _nearest(prediction, size)
+        strip = [photo, *(colorize(labels, data.colors) for labels in (truth, prediction))]
+        strip += [tinted(photo, prediction, data.colors), errors(photo, truth, prediction)]
         others = show(view) if show else {}
-        strips.append(strip + [_map(values[0].cpu(), strip[0]) for values in others.values()])
+        strips.append(strip + [_map(values[0].cpu(), photo) for values in others.values()])
         titles = [*TITLES, *others]
     sheet(path, titles, strips, notes, data)
 
 
-def _strip(
-    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, data: Data
-) -> list[np.ndarray]:
-    """A row's pictures, at the size in which they are shown."""
-    size = CELL, _height(image)
-    photo = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-    truth, prediction = (
-        np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
-        for labels in (truth, prediction)
-    )
-    painted = [colorize(labels, data.colors) for labels in (truth, prediction)]
-    overlay = tinted(photo, prediction, data.colors)
-    return [photo, *painted, overlay, errors(photo, truth, prediction)]
+def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 at another size, width first."""
+    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
 
 
 def _map(values: Tensor, photo: np.ndarray) -> np.ndarray:
     """A map (H, W) as a picture at the photograph's size; see `panels`."""
     grey = values.is_floating_point()
-    levels = Image.fromarray((255 * values.float() if grey else values).byte().numpy())
-    levels = np.asarray(levels.resize(photo.shape[1::-1], Image.Resampling.NEAREST))[..., None]
+    levels = (255 * values.float() if grey else values).byte().numpy()
+    levels = _nearest(levels, photo.shape[1::-1])[..., None]
     if grey:
         return np.repeat(levels, 3, axis=2)
     marked = MARKS[levels[..., 0]] // 2 + photo.mean(axis=2, keepdims=True) // 2

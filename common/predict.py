@@ -43,22 +43,16 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 class Segmenter(nn.Module):
     """A model for pictures as files have them: uint8 RGB, of any size from one pixel on.
 
-    window: the side of the sliding windows that its run evaluates with, 0 for whole pictures.
+    saved: what a checkpoint says of the model, `mean` and `std` at least.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        classes: list[str] | None = None,
-        colors: list[list[int]] | None = None,
-        mean: list[float] = IMAGENET["mean"],
-        std: list[float] = IMAGENET["std"],
-        window: int = 0,
-    ):
+    def __init__(self, model: nn.Module, saved: dict):
         super().__init__()
-        self.model, self.classes, self.colors, self.window = model, classes, colors, window
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.model, self.window = model, saved.get("window", 0)
+        self.classes, self.colors = saved.get("classes"), saved.get("colors")
+        for name in ("mean", "std"):
+            value = torch.tensor(saved[name], dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(name, value)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) uint8 -> logits (B, K, H, W)."""
@@ -83,9 +77,16 @@ def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
                 networks.append(DeepLabV3Plus(**arguments | {"weights": None}))
             networks[-1].load_state_dict(state, assign=True)
         model = networks[0] if len(networks) == 1 else Ensemble(networks)
-        model = Segmenter(model, *(saved[key] for key in "classes colors mean std window".split()))
-        _check_model(model, networks)
-        evaluated = not math.isnan(saved["miou"])
+        model, evaluated = Segmenter(model, saved), not math.isnan(saved["miou"])
+        count, colors, window = len(model.classes), np.array(model.colors), model.window
+        if not (
+            all(network.arguments["num_classes"] == count <= 254 for network in networks)
+            and all(isinstance(name, str) for name in model.classes)
+            and (colors.shape == (count, 3) and colors.dtype.kind == "i")
+            and (0 <= colors.min() and colors.max() <= 255)
+            and (isinstance(window, int) and (window == 0 or window >= 32))
+        ):
+            raise ValueError
     except Exception as error:  # as many kinds as there are ways to be another file
         missing = isinstance(error, FileNotFoundError)
         other = f"holds no network of these scripts ({type(error).__name__})"
@@ -94,20 +95,6 @@ def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
     if not evaluated:
         print(f"{checkpoint}: never evaluated; its network may be untrained", file=sys.stderr)
     return machine.place(model, where).eval()
-
-
-def _check_model(model: Segmenter, networks: list[DeepLabV3Plus]) -> None:
-    """Raise a ValueError where what goes with the networks does not go with them."""
-    count, window = len(model.classes), model.window
-    colors = np.array(model.colors)
-    if not (
-        all(network.arguments["num_classes"] == count <= 254 for network in networks)
-        and all(isinstance(name, str) for name in model.classes)
-        and (colors.shape == (count, 3) and colors.dtype.kind == "i")
-        and (0 <= colors.min() and colors.max() <= 255)
-        and (isinstance(window, int) and (window == 0 or window >= 32))
-    ):
-        raise ValueError
 
 
 @torch.no_grad()
@@ -122,7 +109,7 @@ def segment(
     its run evaluates. amp: auto, none, bf16 or fp16. Raises InputError for what is no picture.
     """
     picture, device = _picture(image), next(model.parameters()).device
-    model = model if isinstance(model, Segmenter) else Segmenter(model).to(device)
+    model = model if isinstance(model, Segmenter) else Segmenter(model, IMAGENET).to(device)
     sides = windows(model.window if window is None else window)
     with evaluating(model), machine.autocast(device, machine.precision(device, amp)):
         mask = classify(model, picture[None].to(device), sides)[0]
@@ -195,8 +182,9 @@ def find(pictures: Path, output: Path) -> dict[str, Path]:
         raise InputError(f"{pictures}: no picture and no folder with pictures ({kinds})")
     others = [path for path in walk(pictures) if path.suffix.lower() not in SUFFIXES]
     if others:
-        also = f" and {len(others) - 1} more" * (len(others) > 1)
-        print(f"{others[0]}{also}: no picture by the name, left out", file=sys.stderr)
+        print(
+            f"{others[0]}: left out, no picture by its name ({len(others)} such)", file=sys.stderr
+        )
     sources = {path.resolve() for path in found.values()}
     for name in found:
         if (mask := output / f"{name}.png").resolve() in sources:

@@ -49,10 +49,7 @@ def charts(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
 
 
 def losses_of(log: list[dict], name: str) -> Points:
-    """A loss over the steps; NaN, which parts the curve, where others are logged without it.
-
-    Nothing of one that is 0 throughout.
-    """
+    """A loss, if it is not 0 throughout; NaN parts the curve where others are logged without it."""
     lines = [line for line in log if any(key.startswith(LOSS) for key in line)]
     points = [(line["step"], line.get(name, math.nan)) for line in lines]
     return points if any(line.get(name) for line in lines) else []
@@ -167,10 +164,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def wrap(names: list[str], width: int, font: Font, beside: int) -> list[tuple[int, int]]:
-    """Where each name of a legend begins, (left in pixels, row), when lines end at the width.
-
-    beside: the pixels that a name takes besides its letters.
-    """
+    """Where each name of a legend, with so many pixels beside it, begins: (left, row)."""
     places, left, row = [], 0, 0
     for name in names:
         needed = beside + int(font.getlength(name))

@@ -60,10 +60,7 @@ class DeepLabV3Plus(nn.Module):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def encode(self, images: Tensor) -> Tensor:
-        """ASPP's output beside the reduced low-level feature.
-
-        images (B, 3, H, W) -> (B, width + 48, H/4, W/4): 304 channels at the paper's width.
-        """
+        """ASPP beside the reduced low-level feature: (B, 3, H, W) -> (B, width + 48, H/4, W/4)."""
         if min(images.shape[-2:]) < 32:
             height, width = images.shape[-2:]
             raise ValueError(f"pictures must be at least 32 x 32 pixels, not {height} x {width}")

@@ -98,8 +98,7 @@ class Maps:
         other = dict(image=self.image, tags=self.tags.__getitem__, truth=self.truth)
         parts = [other[kind](index) if kind in other else self.read(kind, index) for kind in kinds]
         cells = {part.shape[-2:] for part in parts if part.is_floating_point()}
-        full = [part for part in parts if part.ndim > 1 and not part.is_floating_point()]
-        sizes = {part.shape[-2:] for part in full}
+        sizes = {p.shape[-2:] for p in parts if p.ndim > 1 and not p.is_floating_point()}
         cells |= {torch.Size(-(-side // self.stride) for side in size) for size in sizes}
         if len(sizes) > 1 or len(cells) > 1:
             raise LoneError(
@@ -138,8 +137,8 @@ class Maps:
         """This process's share of the pictures, then a wait for the other processes.
 
         Batches of one size: their indices, the pictures (B, 3, H', W'), normalised and padded to
-        multiples of the stride, their tags (B, K), and their maps of these kinds. The first to ask
-        for them has to wait until all superpixels, which tell the sizes, are there.
+        multiples of the stride, their tags (B, K), and their maps of these kinds. All superpixels,
+        which tell the sizes, must be there.
         """
         batches = self._read_ahead(run, self.share(run), "image", "tags", *kinds)
         for indices, images, *others in batches:
@@ -201,18 +200,17 @@ class Maps:
         """
 
         def cut(cams: Tensor, size: Sequence[int]) -> list[Tensor]:
-            score, best = self._at_pixels(cams[:, 1:], size).max(dim=1)  # (B, H, W) each
+            cams = at_pixels(cams[:, 1:], self.stride)[..., : size[0], : size[1]]
+            score, best = cams.max(dim=1)  # (B, H, W) each
             return [torch.where(score > level, best + 1, 0) for level in levels]
 
         return max(mean_iou(c[:, :-1]) for c in self._confusions(run, kind, cut, len(levels)))
 
     def labels(self, stored: Tensor, size: Sequence[int]) -> Tensor:
         """The labels (B, H, W) of a batch of maps; of probabilities, those of the likeliest."""
-        return stored if stored.ndim == 3 else self._at_pixels(stored, size).argmax(dim=1)
-
-    def _at_pixels(self, probs: Tensor, size: Sequence[int]) -> Tensor:
-        height, width = size
-        return at_pixels(probs, self.stride)[..., :height, :width]
+        if stored.ndim == 3:
+            return stored
+        return at_pixels(stored, self.stride)[..., : size[0], : size[1]].argmax(dim=1)
 
     def _confusions(self, run: Run, kind: str, labels_of: Callable, count: int = 1) -> Tensor:
         """Pixels (count, C, C + 1) in `count` labellings: rows truth, the last column unknown."""

@@ -21,10 +21,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
 
 
 def iou(confusion: Tensor) -> Tensor:
-    """Intersection over union by class, (..., K, K) -> (..., K) float64; NaN for an absent class.
-
-    Absent is a class that is neither in truth nor in predictions.
-    """
+    """Intersection over union by class, (..., K) float64; NaN for one that occurs nowhere."""
     counts = confusion.cpu().double()  # Metal has no float64
     hits = counts.diagonal(dim1=-2, dim2=-1)
     return hits / (counts.sum(dim=-2) + counts.sum(dim=-1) - hits)
@@ -48,9 +45,8 @@ def evaluate(
 
     several: M where the model gives the logits of M models, (M, B, K, H, W); then (M, K, K).
     The loader gives images (B, 3, H, W), normalised, and labels (B, H, W) at the pictures' own
-    size. window: None for whole pictures, or (crop, stride) in pixels for sliding windows, whose
-    logits are summed. Each process gives its own share of the pictures; all get the sum. The
-    model is in eval mode meanwhile, and each of its modules in its former mode afterwards.
+    size. window: None for whole pictures, or (crop, stride) of sliding windows, whose logits are
+    summed. Each process gives its own share of the pictures; all get the sum.
     """
     shape = max(several, 1), num_classes**2 + 2
     counts = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -64,10 +64,7 @@ class Segmenter(nn.Module):
 
 
 def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
-    """The model of a last.pt or best.pt, in eval mode, with its `classes` and `colors`.
-
-    Raises InputError for a file that is none.
-    """
+    """The model of a last.pt or best.pt, in eval mode, with its `classes` and `colors`."""
     where = machine.find_device(device)
     try:
         saved = read_checkpoint(checkpoint)
@@ -230,10 +227,7 @@ def score(model: Segmenter, options: argparse.Namespace) -> str:
 
 
 def export(model: Segmenter, path: Path) -> None:
-    """Write a program that runs without this code: uint8 pictures (B, 3, H, W) to logits.
-
-    Of any B, H and W, the latter from 32 to 65,536.
-    """
+    """Write a program that runs without this code: uint8 (B, 3, H, W), 32 pixels on, to logits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     model = deepcopy(model).requires_grad_(False)
     model.to("cpu", memory_format=torch.contiguous_format)
@@ -251,10 +245,7 @@ def export(model: Segmenter, path: Path) -> None:
 
 
 def _max_pool(x: Tensor) -> Tensor:
-    """A ResNet's max pooling, 3 x 3 in steps of 2: (B, C, h, w) -> (B, C, h/2, w/2), rounded up.
-
-    PyTorch 2.6 exports its own for odd sizes or for even ones.
-    """
+    """A ResNet's max pooling; PyTorch 2.6 exports its own for odd sizes alone or even ones."""
     x = F.pad(x, (1, 1, 1, 1), value=-math.inf)
     x = x[..., :-2:2, :].maximum(x[..., 1:-1:2, :]).maximum(x[..., 2::2, :])
     return x[..., :-2:2].maximum(x[..., 1:-1:2]).maximum(x[..., 2::2])

@@ -511,6 +511,8 @@ def program(main: object, words: list[str]) -> None:
         main(words)
     except SystemExit as end:
         assert end.code in (0, 1, 2), end.code
+        if end.code == 2:
+            raise InputError("said in a line") from end
 
 
 def segment(root: Path) -> None:

@@ -264,8 +264,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     task("--export", type=Path, help="file for torch.export.load, such as model.pt2")
     add("--overlay", action="store_true", help="with --output: also name_overlay.jpg")
     add("--window", type=int, help="side of sliding windows, 0: none [as its run evaluates]")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--amp", choices=["auto", "none", "bf16", "fp16"], default="auto", help="as in training")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    add("--amp", choices="auto none bf16 fp16".split(), default="auto", help="see training [auto]")
     options = parser.parse_args(words)
     if options.window is not None and (options.window < 0 or 0 < options.window < 32):
         raise InputError(f"--window {options.window}: must be 0, or 32 pixels and more")

@@ -179,9 +179,7 @@ def find(pictures: Path, output: Path) -> dict[str, Path]:
         raise InputError(f"{pictures}: no picture and no folder with pictures ({kinds})")
     others = [path for path in walk(pictures) if path.suffix.lower() not in SUFFIXES]
     if others:
-        print(
-            f"{others[0]}: left out, no picture by its name ({len(others)} such)", file=sys.stderr
-        )
+        print(f"left out, no pictures by name: {len(others)}, first {others[0]}", file=sys.stderr)
     sources = {path.resolve() for path in found.values()}
     for name in found:
         if (mask := output / f"{name}.png").resolve() in sources:

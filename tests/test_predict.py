@@ -376,7 +376,7 @@ def test_files_left_out_by_their_names_are_told(checkpoint, tmp_path, capsys):
     (photos / "b.heic").touch()
     (photos / "c.txt").touch()
     status, _, err = call(capsys, checkpoint, photos, "--output", tmp_path / "out")
-    said = f"{photos / 'b.heic'}: left out, no picture by its name (2 such)\n"
+    said = f"left out, no pictures by name: 2, first {photos / 'b.heic'}\n"
     assert (status, err) == (0, said)
 
 

@@ -194,10 +194,7 @@ class Maps:
         }
 
     def best_threshold(self, run: Run, kind: str, levels: Sequence[float] = LEVELS) -> float:
-        """The mIoU of activation maps where the level that suits them best parts off background.
-
-        An upper bound: it is the masks that choose the level. NaN without masks.
-        """
+        """The mIoU of activation maps at the level for background that the masks choose, or NaN."""
 
         def cut(cams: Tensor, size: Sequence[int]) -> list[Tensor]:
             cams = at_pixels(cams[:, 1:], self.stride)[..., : size[0], : size[1]]

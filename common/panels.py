@@ -102,10 +102,9 @@ def picture_name(data: Data, path: str) -> str:
 def sheet(
     path: Path, titles: list[str], strips: list[list[np.ndarray]], notes: list[str], data: Data
 ) -> None:
-    """Write rows of pictures (H, W, 3) uint8 as one PNG, with titles and a legend of the classes.
+    """Write rows of pictures (H, W, 3) uint8, a photograph and maps of any size, as one PNG.
 
-    The first picture of a row is a photograph, the others are maps of it, of any size; a row's
-    note is below it.
+    Titles are above, a row's note is below it, below all a legend of the classes.
     """
     font, width = ImageFont.load_default(LINE * 2 // 3), len(titles) * (CELL + GAP) + GAP
     classes = {**dict(zip(data.classes, data.colors, strict=True)), "void": GREY}

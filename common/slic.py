@@ -92,15 +92,13 @@ def slic(images: Tensor, segments: int, compactness: float = 10.0, iterations: i
 def to_lab(images: Tensor) -> Tensor:
     """CIE L*a*b* (B, 3, H, W) of sRGB images (B, 3, H, W) in [0, 1]; white is D65.
 
-    IEC 61966-2-1: C = ((C' + 0.055) / 1.055)^2.4, or C' / 12.92 where C' <= 0.04045; then XYZ.
-    CIE 15: L = 116 f(Y) - 16, a = 500 (f(X) - f(Y)), b = 200 (f(Y) - f(Z)), relative to white;
-    f(t) = t^(1/3), or t / (3 d^2) + 4/29 where t <= d^3, d = 6/29.
+    By IEC 61966-2-1, which makes the values linear, and CIE 15.
     """
     linear = torch.where(images <= 0.04045, images / 12.92, ((images + 0.055) / 1.055) ** 2.4)
     red, green, blue = linear.unbind(1)
     f = []
     for r, g, b in RGB_TO_XYZ:
-        # White is the matrix's own, R = G = B = 1, so that greys have a = b = 0.
+        # White is the matrix's own, so that greys have a = b = 0.
         t = (r * red + g * green + b * blue) / (r + g + b)
         f.append(torch.where(t > (6 / 29) ** 3, t ** (1 / 3), t / (3 * (6 / 29) ** 2) + 4 / 29))
     return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])], dim=1)

@@ -17,13 +17,12 @@ from common.bars import tqdm
 from common.colors import colorize, palette
 from common.flags import InputError, LoneError
 from common.layouts import Data, shortened
-from common.loaders import Draws, draws_loader, of_one_size, read_pair
+from common.loaders import Draws, batch_loader, draws_loader, of_one_size, read_pair
 from common.losses import VOID
 from common.metrics import confusion_matrix, mean_iou
 from common.outputs import explained
 from common.panels import CELL, MARK, picture_name, sheet
 from common.run import Run
-from common.signals import outlive_signals
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -151,14 +150,8 @@ class Maps:
         """Batches of one size: indices, and what `draw` gives, on the device, by loaders."""
         sizes = {index: self._superpixels[index][0] for index in indices}
         batches = of_one_size(sizes, run.pixels)
-        loader = DataLoader(
-            Stored(self, kinds),
-            batch_sampler=batches,
-            num_workers=run.cfg.workers if batches else 0,
-            pin_memory=run.loading["pin_memory"],
-            generator=torch.Generator(),
-            worker_init_fn=outlive_signals,
-        )
+        workers = run.cfg.workers if batches else 0
+        loader = batch_loader(Stored(self, kinds), batches, workers, run.loading["pin_memory"])
         draws = zip(batches, loader, strict=True)
         for batch, tensors in bar(run, draws, "all pictures", len(batches)):
             yield batch, *(tensor.to(run.device, non_blocking=True) for tensor in tensors)

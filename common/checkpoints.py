@@ -91,7 +91,7 @@ def _is_simple(value: Any) -> bool:
     return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
-def read_checkpoint(path: str | Path, where: str | torch.device = "cpu", mmap: bool = False) -> Any:
+def read_checkpoint(path: str | Path) -> Any:
     """What torch.save wrote; nothing in it is run. Other files raise a dozen kinds of exceptions.
 
     torch.save packs nothing: a file that is packed might hold a thousand times its size.
@@ -103,4 +103,4 @@ def read_checkpoint(path: str | Path, where: str | torch.device = "cpu", mmap: b
             records = archive.infolist()
         if sum(record.file_size for record in records) > os.path.getsize(path):
             raise ValueError("packed")
-    return torch.load(path, map_location=where, weights_only=True, mmap=mmap)
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -206,15 +206,32 @@ def _paint(mask: np.ndarray, outlines: list[array], value: int) -> None:
 
 
 def decode(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """A run-length encoding's pixels (H, W) bool: runs of 0 and 1 in turn, column by column.
-
-    Runs are lists, as in the files of 2017; COCO's tool can also pack them into strings.
-    """
+    """A run-length encoding's pixels (H, W) bool: runs of 0 and 1 in turn, column by column."""
     if tuple(shape["size"]) != tuple(size):
         raise ValueError(f"of size {shape['size']}, not {list(size)}")
-    runs = shape["counts"]
-    if isinstance(runs, str):
-        raise ValueError("its runs are packed into a string, write them as a list")
+    counts = shape["counts"]
+    runs = unpack(counts) if isinstance(counts, str) else counts
     if min(runs) < 0 or sum(runs) != math.prod(size):  # before so many pixels are made
         raise ValueError("its runs are not as many pixels as the picture has")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
+
+
+def unpack(text: str) -> list[int]:
+    """The runs of COCO's compressed strings.
+
+    A character less 48 has five bits of a number, the lowest ones first, and 32 where more follow;
+    the last of them has the sign, 16. From the fourth on, a number is what its run is longer than
+    the one before the last.
+    """
+    runs, number, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+        number = shift = 0
+    return runs

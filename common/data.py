@@ -45,7 +45,8 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
 
     labeled: "1/r" (every r-th of the sorted training pictures), a count (drawn by seed), a list
     file, or "all" (every training picture with a mask). unlabeled: "" (the training pictures that
-    are not labelled, or all of them when all are), a list file or a folder.
+    are not labelled, or all of them when all are), a list file or a folder. Raises InputError that
+    names the file or flag.
     """
     data = layout(dataset, data_path)
     labeled, unlabeled = os.path.expanduser(labeled), os.path.expanduser(unlabeled)
@@ -53,8 +54,8 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
     if not os.path.isfile(labeled) and not any(mask for _, mask in data.train.values()):
         if dataset == "folder":
             need_folder(data.root / "masks" / "train")
-        reasons = "".join(f"; {note}" for note in data.notes)
-        raise InputError(f"{data.root}: no training picture has a mask; add some{reasons}")
+        problem = f"{data.root}: no training picture has a mask; add some"
+        raise InputError("; ".join([problem, *data.notes]))
     chosen = _choose_labeled(labeled, data, seed, unique)
     others = _choose_unlabeled(unlabeled, data, chosen, unique)
     for flag, path, pairs in (("--labeled", labeled, chosen), ("--unlabeled", unlabeled, others)):
@@ -67,7 +68,7 @@ def load(dataset: str, data_path: str, labeled: str, unlabeled: str, seed: int) 
             first = next(iter(seen))
             raise InputError(f"{flag} {path}: names the validation picture {first}; leave it out")
     if not others:
-        raise InputError(f"--unlabeled {unlabeled}: holds no picture but validation's; name others")
+        raise InputError(f"--unlabeled {unlabeled}: no picture, or validation's alone; name others")
     return replace(data, labeled=chosen, unlabeled=others)
 
 
@@ -104,12 +105,14 @@ def layout(dataset: str, data_path: str, scored: bool = True) -> Data:
         need_folder(found.root / "masks" / "val")
     for pairs, kind in ((found.train, "training"), (found.val, "validation")):
         if not pairs and (scored or kind == "training"):
-            raise InputError(f"{found.root}: no {kind} picture where --dataset {dataset} has them")
+            problem = f"{found.root}: no {kind} picture where --dataset {dataset} has them"
+            raise InputError("; ".join([problem, *found.notes]))
     for image, val in same_files(found.val, found.train.values()).items():
         raise InputError(f"{image}: is the validation picture {val}; remove one of them")
     for image, mask in found.val:
         if mask is None:
-            raise InputError(f"{image}: validation picture without a mask; add the mask")
+            problem = f"{image}: validation picture without a mask; add the mask"
+            raise InputError("; ".join([problem, *found.notes]))
     return found
 
 
@@ -120,7 +123,9 @@ def _choose_labeled(labeled: str, data: Data, seed: int, unique: bool) -> list[P
     if found := re.fullmatch(r"(1/)?(\d{1,9})", labeled):
         number, count = int(found[2]), len(train)
         if not 1 <= number <= count:
-            raise InputError(f"--labeled {labeled}: must be 1 to {count} (training pictures)")
+            number = "r" * bool(found[1]) or "a count"
+            limits = f"1 to {count}, the number of training pictures"
+            raise InputError(f"--labeled {labeled}: {number} must be {limits}")
         order = np.random.default_rng(seed).permutation(count)
         indices = range(0, count, number) if found[1] else sorted(order[:number])
         pairs = [train[index] for index in indices]
@@ -130,7 +135,10 @@ def _choose_labeled(labeled: str, data: Data, seed: int, unique: bool) -> list[P
         raise InputError(f"--labeled {labeled}: neither 1/r, a count, all, nor a list file")
     for image, mask in pairs:
         if mask is None:
-            raise InputError(f"{image}: chosen by --labeled {labeled} but has no mask")
+            raise InputError(
+                f"{image}: chosen by --labeled {labeled} but has no mask; add it, or take "
+                "--labeled all, every picture with a mask, or a list"
+            )
     return pairs
 
 

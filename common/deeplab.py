@@ -6,6 +6,7 @@ perturbs, `decode` the one that CAC contrasts; `classify` turns it into logits.
 
 import os
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,10 @@ class DeepLabV3Plus(nn.Module):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def encode(self, images: Tensor) -> Tensor:
-        """ASPP beside the reduced low-level feature: (B, 3, H, W) -> (B, width + 48, H/4, W/4)."""
+        """ASPP beside the reduced low-level feature: (B, 3, H, W) -> (B, width + 48, H/4, W/4).
+
+        Raises ValueError for pictures under 32 pixels.
+        """
         if min(images.shape[-2:]) < 32:
             height, width = images.shape[-2:]
             raise ValueError(f"pictures must be at least 32 x 32 pixels, not {height} x {width}")
@@ -205,7 +209,8 @@ def load_backbone(resnet: nn.Module, backbone: str, weights: str) -> None:
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     except Exception as error:  # a dozen kinds
         names = ", ".join(enum.__members__)
-        reason = f"neither a PyTorch state dict ({type(error).__name__}) nor one of {names}, none"
+        found = "no file" if isinstance(error, FileNotFoundError) else type(error).__name__
+        reason = f"neither a PyTorch state dict ({found}) nor one of {names}, none"
         if known:
             reason = (
                 f"cannot download {enum[weights].url} ({error}); fetch that file on another "
@@ -215,5 +220,5 @@ def load_backbone(resnet: nn.Module, backbone: str, weights: str) -> None:
     try:
         resnet.load_state_dict(state)
     except RuntimeError as error:
-        first = " ".join(str(error).split("\n\t")[1].split())
+        first = shorten(str(error).split("\n\t")[1], 150)
         raise InputError(f"--weights {weights}: does not fit {backbone}: {first}") from error

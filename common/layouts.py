@@ -184,8 +184,9 @@ def voc_root(root: Path) -> Path:
     for below in ("VOC2012", "VOCdevkit/VOC2012"):
         if (root / below / "JPEGImages").is_dir():
             root = root / below
-    if not (root / "JPEGImages").is_dir():
-        raise InputError(f"{root / 'JPEGImages'}: missing; name the folder of VOC2012 as unpacked")
+    for needed in ("JPEGImages", *(f"ImageSets/Segmentation/{s}.txt" for s in ("train", "val"))):
+        if not (root / needed).exists():
+            raise InputError(f"{root / needed}: missing; name the folder of VOC2012 as unpacked")
     return root
 
 

@@ -21,7 +21,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
 
 
 def iou(confusion: Tensor) -> Tensor:
-    """Intersection over union by class, (..., K) float64; NaN for one that occurs nowhere."""
+    """IoU by class, (..., K, K) -> (..., K) float64; NaN for a class that occurs nowhere."""
     counts = confusion.cpu().double()  # Metal has no float64
     hits = counts.diagonal(dim1=-2, dim2=-1)
     return hits / (counts.sum(dim=-2) + counts.sum(dim=-1) - hits)
@@ -106,6 +106,8 @@ def slide(model: nn.Module, images: Tensor, crop: int, stride: int) -> Iterator[
 
 def windows(side: int) -> tuple[int, int] | None:
     """Side and stride of sliding windows, that of the released code; None for whole pictures."""
+    if side < 0 or 0 < side < 32:
+        raise ValueError(f"a window's side must be 0, or 32 pixels and more, not {side}")
     return (side, math.ceil(side * 2 / 3)) if side else None
 
 

@@ -30,7 +30,15 @@ from common.colors import palette, tinted
 from common.data import check
 from common.deeplab import DeepLabV3Plus, DilatedConv, Ensemble
 from common.flags import InputError, Parser, one_line
-from common.layouts import SUFFIXES, find_pictures, folder_layout, read_image, upright_rgb, walk
+from common.layouts import (
+    SUFFIXES,
+    find_pictures,
+    folder_layout,
+    read_image,
+    shortened,
+    upright_rgb,
+    walk,
+)
 from common.loaders import val_loader
 from common.metrics import classify, evaluate, evaluating, iou, windows
 from common.outputs import iou_table, replace_file
@@ -64,7 +72,10 @@ class Segmenter(nn.Module):
 
 
 def load(checkpoint: str | Path, device: str = "auto") -> Segmenter:
-    """The model of a last.pt or best.pt, in eval mode, with its `classes` and `colors`."""
+    """The model of a last.pt or best.pt, in eval mode, with its `classes` and `colors`.
+
+    Raises InputError for another file.
+    """
     where = machine.find_device(device)
     try:
         saved = read_checkpoint(checkpoint)
@@ -171,15 +182,20 @@ def find(pictures: Path, output: Path) -> dict[str, Path]:
     """A picture, or those of a folder and its subfolders, by where below output their masks go."""
     found = {pictures.stem: pictures} if pictures.is_file() else find_pictures(pictures)
     inside, out = pictures.resolve(), output.resolve()
-    if out != inside and out.is_relative_to(inside):  # masks of an earlier call are no pictures
-        masks = f"{out.relative_to(inside).as_posix()}/"
-        found = {name: path for name, path in found.items() if not name.startswith(masks)}
+    if out == inside:
+        raise InputError(f"--output {output}: holds the pictures; name another folder")
+
+    def made(path: Path) -> bool:  # by an earlier call
+        return out.is_relative_to(inside) and out in path.resolve().parents
+
+    found = {name: path for name, path in found.items() if not made(path)}
     if not found:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise InputError(f"{pictures}: no picture and no folder with pictures ({kinds})")
-    others = [path for path in walk(pictures) if path.suffix.lower() not in SUFFIXES]
-    if others:
-        print(f"left out, no pictures by name: {len(others)}, first {others[0]}", file=sys.stderr)
+        empty = f"holds no picture ({', '.join(sorted(SUFFIXES))})"
+        problem = empty if pictures.is_dir() else "no such picture or folder"
+        raise InputError(f"{pictures}: {problem}")
+    files = [path for path in walk(pictures) if not made(path)]
+    if others := [str(path) for path in files if path not in found.values()]:
+        print(f"left out, no pictures: {shortened(others, 1)}", file=sys.stderr)
     sources = {path.resolve() for path in found.values()}
     for name in found:
         if (mask := output / f"{name}.png").resolve() in sources:
@@ -197,8 +213,9 @@ def write(
     replace_file(target.with_name(f"{target.name}.png"), partial(image.save, format="PNG"))
     if overlaid:
         image = Image.fromarray(overlay(picture, mask, colors))
-        save = partial(image.save, format="JPEG", quality=92, subsampling=0)  # sharp borders
-        replace_file(target.with_name(f"{target.name}_overlay.jpg"), save)
+        kind, suffix = ("JPEG", "jpg") if max(mask.shape) <= 65_500 else ("PNG", "png")  # its limit
+        save = partial(image.save, format=kind, quality=92, subsampling=0)  # sharp borders
+        replace_file(target.with_name(f"{target.name}_overlay.{suffix}"), save)
 
 
 def score(model: Segmenter, options: argparse.Namespace) -> str:
@@ -271,6 +288,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         raise InputError("PICTURES: goes with --output and --test-split, not with --export")
     if options.overlay and options.output is None:
         raise InputError("--overlay: goes with --output")
+    if options.output and options.output.exists() and not options.output.is_dir():
+        raise InputError(f"--output {options.output}: is a file; name a folder")
     return options
 
 
@@ -282,6 +301,7 @@ def main(words: list[str]) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         model = load(options.checkpoint, options.device)
         model.window = model.window if options.window is None else options.window
+        machine.precision(model.mean.device, options.amp)  # refuses what there is not
         if options.output:
             skipped = predict(model, options)
         elif options.test_split:

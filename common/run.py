@@ -509,7 +509,7 @@ class Run:
                 f"{name} {v:.4g}" if name.startswith("energy") else f"{name} {100 * v:.2f}"
                 for name, v in known.items()
             )
-            tqdm.write(f"step {step + 1}/{self.total}  {stage}: {shown}")
+            tqdm.write(f"step {step + 1}/{self.total}  {stage}: {shown or 'done'}")
 
     def save(self, step: int) -> None:
         """Write `last.pt`, so that no step up to this one is repeated.

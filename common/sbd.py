@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from common.bars import tqdm
-from common.flags import InputError, one_line
-from common.layouts import VOC_CLASSES, VOID, read_lines, read_mask, voc_root, write_mask
+from common.flags import InputError, Parser, one_line
+from common.layouts import VOC_CLASSES, VOID, read_lines, read_mask, voc_root, walk, write_mask
 
 
 def segmentation(path: Path, load: Callable[[str], dict]) -> np.ndarray:
@@ -30,7 +30,8 @@ def segmentation(path: Path, load: Callable[[str], dict]) -> np.ndarray:
 
 def convert(sbd: Path, voc: Path, load: Callable[[str], dict]) -> Path:
     """Write the masks that are not there yet; their folder. load: what a .mat file holds."""
-    found = sorted(sbd.glob("**/cls/*.mat")) or sorted(sbd.glob("*.mat"))
+    found = [path for path in walk(sbd) if path.suffix == ".mat"]
+    found = [path for path in found if path.parent.name == "cls" or path.parent == sbd]
     if not found:
         raise InputError(f"{sbd}: holds no cls/*.mat; name the folder of benchmark.tgz")
     root = voc_root(voc)
@@ -59,13 +60,15 @@ def convert(sbd: Path, voc: Path, load: Callable[[str], dict]) -> Path:
 
 def main(words: list[str]) -> None:
     with one_line("common.sbd"):
-        if len(words) != 2:
-            raise InputError("python -m common.sbd SBD_FOLDER VOC2012_FOLDER: takes two folders")
+        parser = Parser("python -m common.sbd", None, __doc__.split("\n\n", 1)[1])
+        parser.add_argument("sbd", type=Path, help="the unpacked benchmark.tgz")
+        parser.add_argument("voc", type=Path, help="VOCdevkit, or its VOC2012")
+        folders = parser.parse_args(words)
         try:
             from scipy.io import loadmat  # here alone, for no run needs it
         except ImportError as error:
             raise InputError("SBD's .mat files take SciPy: python -m pip install scipy") from error
-        convert(Path(words[0]), Path(words[1]), loadmat)
+        convert(folders.sbd, folders.voc, loadmat)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ def load_tagged(dataset: str, data_path: str, background: str = "") -> Data:
     background: class names, separated by commas, that are merged into class 0; needed where class
     0 has no name that says so. Tags come from `tags.txt` at the dataset's root (a picture's id,
     with or without suffix, and its class names, a line each; commas or tabs where names hold
-    blanks; # begins a line of comment), else from VOC's Annotations/ or COCO's instances, else from
-    the classes in the masks. Pictures that show background alone are left out; the masks of the
-    others, `labeled`, are for scoring alone. There may be no validation masks: then `val` is empty.
+    blanks; "# " begins a line of comment), else from VOC's Annotations/ or COCO's instances, else
+    from the classes in the masks. Pictures that show background alone are left out; the masks of
+    the others, `labeled`, are for scoring alone. There may be no validation masks: then `val` is
+    empty. Raises InputError that names the file or flag.
     """
     found = merge_background(layout(dataset, data_path, scored=False), background)
     names, listed = list(found.train), found.root / "tags.txt"
@@ -89,7 +90,7 @@ def _read_tags(path: Path, found: Data) -> dict[str, set[int]]:
     files = {name + Path(image).suffix: name for name, (image, _) in found.train.items()}
     shown = {}
     for number, line in read_numbered(path):
-        if line[0] == "#":
+        if line == "#" or line.startswith("# "):
             continue
         where = f"{path}: line {number}"
         separator = "\t" if "\t" in line else "," if "," in line else None

@@ -268,7 +268,7 @@ def test_validation_pictures_are_no_unlabelled_ones(root, tmp_path, listed):
     assert data.notes == [f"--unlabeled {everything}: {note}"]
     text = message(root, "1/2", root / "images/val")
     flag = f"--unlabeled {root / 'images/val'}"
-    assert text == f"{flag}: holds no picture but validation's; name others"
+    assert text == f"{flag}: no picture, or validation's alone; name others"
     path = listed(f"001\n{VAL}\n")
     text = f"--unlabeled {path}: names the validation picture {root / VAL}; leave it out"
     assert message(root, "1/2", path) == text
@@ -630,7 +630,7 @@ VOC = {
     "an id that leads out": (LIST, b"../../other/7\n", LIST[:-8], "id ../../other/7 leads out"),
     "an absolute id": (LIST, b"/tmp/7\n", LIST[:-8], "id /tmp/7 leads out"),
     "no pictures": ("JPEGImages", None, "JPEGImages", "missing"),
-    "no list": (LIST, None, LIST, "no such file"),
+    "no list": (LIST, None, LIST, "missing"),
     "picture missing": (GONE, None, GONE, "no such picture"),
 }
 CITYSCAPES = {
@@ -775,7 +775,7 @@ def test_bad_list(root, listed, content, file, words):
 def test_bad_unlabelled_flag(root, tmp_path):
     assert "--unlabeled no.txt: no such" in message(root, "1/2", "no.txt")
     (tmp_path / "bare").mkdir()
-    assert f"--unlabeled {tmp_path / 'bare'}: holds no" in message(root, "1/2", tmp_path / "bare")
+    assert f"--unlabeled {tmp_path / 'bare'}: no pic" in message(root, "1/2", tmp_path / "bare")
 
 
 def test_a_tilde_is_the_home_folder(root, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def refusal(weights, backbone="resnet18"):
 def test_weights_that_do_not_fit_are_refused(state, tmp_path):
     path = tmp_path / "weights.pth"
     other = "neither a PyTorch state dict ({}) nor one of IMAGENET1K_V1, DEFAULT, none"
-    assert other.format("FileNotFoundError") in refusal(path)
+    assert other.format("no file") in refusal(path)
     path.write_bytes(b"rubbish")
     assert "neither a PyTorch state dict" in refusal(path)
     name = "layer1.0.conv1.weight"

@@ -375,9 +375,10 @@ def test_files_left_out_by_their_names_are_told(checkpoint, tmp_path, capsys):
     Image.fromarray(picture()).save(photos / "a.png")
     (photos / "b.heic").touch()
     (photos / "c.txt").touch()
-    status, _, err = call(capsys, checkpoint, photos, "--output", tmp_path / "out")
-    said = f"left out, no pictures by name: 2, first {photos / 'b.heic'}\n"
-    assert (status, err) == (0, said)
+    (photos / "d.jpg").symlink_to(photos / "gone.jpg")
+    for _ in range(2):  # the masks of the first call are neither pictures nor left over
+        status, _, err = call(capsys, checkpoint, photos, "--output", photos / "out")
+        assert (status, err) == (0, f"left out, no pictures: {photos / 'b.heic'} and 2 more\n")
 
 
 def test_no_picture_is_replaced_and_no_mask_predicted(checkpoint, tmp_path, capsys):
@@ -386,13 +387,14 @@ def test_no_picture_is_replaced_and_no_mask_predicted(checkpoint, tmp_path, caps
     for name in ("a.png", "photos/a.png"):
         Image.fromarray(picture()).save(photos / name)
     before = (photos / "a.png").read_bytes()
-    for place, words in (
-        (photos, [photos]),  # among the pictures
-        (photos, [photos / "a.png"]),
-        (tmp_path, [photos]),  # photos/photos/a.png goes where photos/a.png is
+    for place, words, said in (
+        (photos, [photos], "holds the pictures; name another folder"),
+        (photos, [photos / "a.png"], "would replace the picture"),
+        # photos/photos/a.png goes where photos/a.png is
+        (tmp_path, [photos], "would replace the picture"),
     ):
         status, _, err = call(capsys, checkpoint, *words, "--output", place)
-        assert status == 2 and "would replace the picture" in err and err.count("\n") == 1
+        assert status == 2 and said in err and err.count("\n") == 1
     assert (photos / "a.png").read_bytes() == before
     for _ in range(2):
         status, out, _ = call(capsys, checkpoint, photos, "--output", photos / "m")
@@ -405,11 +407,10 @@ REFUSED = {
     "a folder": ("photos photos --output out", "photos: holds no network"),
     "rubbish": ("rubbish.pt photos --output out", "rubbish.pt: holds no network"),
     "weights": ("weights.pt photos --output out", "weights.pt: holds no network"),
-    "no pictures": (
-        "model.pt nowhere --output out",
-        "nowhere: no picture and no folder",
-    ),
-    "empty": ("model.pt empty --output out", "empty: no picture and no folder"),
+    "no pictures": ("model.pt nowhere --output out", "nowhere: no such picture or folder"),
+    "empty": ("model.pt empty --output out", "empty: holds no picture (.bmp"),
+    "a file": ("model.pt photos --output model.pt", "--output model.pt: is a file; name a folder"),
+    "half": ("model.pt photos --output out --amp fp16", "--amp fp16: for CUDA GPUs alone"),
     "packed": (
         "packed.pt photos --output out",
         "packed.pt: holds no network of these scripts (ValueError)",
@@ -429,7 +430,6 @@ REFUSED = {
     "unknown": ("model.pt photos --output out --windows 64", "--windows"),
     "device": ("model.pt photos --output out --device tpu9", "--device tpu9: unknown"),
     "amp": ("model.pt photos --output out --amp fp8", "--amp"),
-    "a file": ("model.pt photos --output rubbish.pt", "rubbish.pt"),
     "no file": ("model.pt --export rubbish.pt/a.pt2", "rubbish.pt"),
     "no test": ("model.pt photos --test-split", "classes.txt: missing"),
 }

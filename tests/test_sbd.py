@@ -120,7 +120,10 @@ def command(*words):
 
 def test_the_command_without_scipy_says_what_to_install(voc, source, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "scipy", None)  # as if there were none
-    for words, said in (((source, voc), "python -m pip install scipy"), ((source,), "two folders")):
+    for words, said in (
+        ((source, voc), "python -m pip install scipy"),
+        ((source,), "required: voc"),
+    ):
         assert command(*words) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.deeplab import Together
-from common.metrics import confusion_matrix, evaluate, iou, mean_iou, slide, window_starts
+from common.metrics import confusion_matrix, evaluate, iou, mean_iou, slide, window_starts, windows
 
 K = 4
 
@@ -46,6 +46,12 @@ def test_iou_and_its_mean():
     assert mean_iou(matrix) == pytest.approx((3 / 6 + 4 / 7) / 2)
     assert mean_iou(torch.eye(3, dtype=torch.int64)) == 1.0
     assert mean_iou(torch.tensor([[2, 1], [0, 0]])) == pytest.approx(1 / 3)  # predicted only
+
+
+@pytest.mark.parametrize("side", [-5, 16])
+def test_windows_that_cannot_be_are_refused(side):
+    with pytest.raises(ValueError, match=f"32 pixels and more, not {side}"):
+        windows(side)
 
 
 def test_windows_are_the_published_ones():

@@ -92,5 +92,6 @@ def test_the_flowers_are_converted(tmp_path, monkeypatch):
         mask = np.array(Image.open(data / f"masks/train/image_{number:04}.png"))
         assert mask.shape == (128, 128)
         assert mask[0, ::32].tolist() == [255, kind, 0, 0]
-    (data / "classes.txt").write_text("\n".join(["background", *"abcdefghijklmnop"]))
-    assert len(load("folder", str(data), "all", "", 0).labeled) == 6
+    found = load("folder", str(data), "all", "", 0)
+    assert len(found.labeled) == 6 and len(found.classes) == 17
+    assert found.classes[0] == "background" and "cowslip" not in found.classes

@@ -67,6 +67,13 @@ def test_folders_are_found_from_above(voc, source, sbd_below, voc_above):
     assert len(os.listdir(voc / "SegmentationClassAug")) == 5
 
 
+def test_folders_behind_links_are_entered(voc, source, tmp_path):
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above" / "dataset").symlink_to(source / "benchmark_RELEASE" / "dataset")
+    sbd.convert(tmp_path / "above", voc, load_saved)
+    assert len(os.listdir(voc / "SegmentationClassAug")) == 5
+
+
 def test_a_stopped_conversion_goes_on_and_is_no_dataset_before(voc, source):
     """With half of the masks in its folder, --dataset voc would train on half of the pictures."""
     broken = source / "benchmark_RELEASE/dataset/cls" / f"{trees.SBD_ONLY[1]}.mat"

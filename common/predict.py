@@ -193,8 +193,9 @@ def find(pictures: Path, output: Path) -> dict[str, Path]:
         empty = f"holds no picture ({', '.join(sorted(SUFFIXES))})"
         problem = empty if pictures.is_dir() else "no such picture or folder"
         raise InputError(f"{pictures}: {problem}")
-    files = [path for path in walk(pictures) if not made(path)]
-    if others := [str(path) for path in files if path not in found.values()]:
+    taken = set(found.values())
+    others = [str(path) for path in walk(pictures) if path not in taken and not made(path)]
+    if others:
         print(f"left out, no pictures: {shortened(others, 1)}", file=sys.stderr)
     sources = {path.resolve() for path in found.values()}
     for name in found:
